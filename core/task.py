@@ -21,6 +21,7 @@ from hansa.core.batches import Ints, Plan
 from hansa.core.errors import InputError
 from hansa.core.folding import Gradient
 from hansa.core.partition import Partition, Role
+from hansa.core.randomness import ALONE
 from hansa.core.trees import Tree, pick, squared_norm, zeros_like
 
 Batch = dict[str, Tensor]  # "x" [B, ...], "y" [B, ...], and the noise an algorithm asked for
@@ -229,7 +230,7 @@ class Task:
 
     def stochastic(self, x: Tensor) -> bool:
         """Whether a training pass over examples ``x`` draws random numbers of its own (dropout)."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with ALONE, torch.random.fork_rng(devices=[]), torch.no_grad():
             before = torch.get_rng_state()
             self.train_forward(self.initial, x)
             return not torch.equal(before, torch.get_rng_state())

@@ -16,6 +16,7 @@ from hansa.core.algorithm import Algorithm
 from hansa.core.data import Examples, FederatedData
 from hansa.core.errors import DataError, InputError
 from hansa.core.partition import Partition, Rule
+from hansa.core.randomness import ALONE
 from hansa.core.recipe import CustomModel, Recipe, build, construct, describe, import_object
 from hansa.core.reducer import Collect, Mean, RobustRule
 from hansa.core.schedule import Schedule, Stopping
@@ -412,7 +413,7 @@ def _model(recipe: Recipe, train: Examples) -> torch.nn.Module:
     if not isinstance(config, CustomModel):
         return models.build(config, sample=train.x[0], outputs=outputs, seed=recipe.seed)
     factory = import_object(config.factory, "model.factory")
-    with torch.random.fork_rng(devices=[]):
+    with ALONE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         try:
             made = factory(train.x[0], outputs, **config.arguments)

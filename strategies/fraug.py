@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -31,6 +32,7 @@ from torch.func import functional_call, grad
 from hansa.core.algorithm import Carry, State
 from hansa.core.errors import InputError
 from hansa.core.partition import Partition
+from hansa.core.randomness import ALONE
 from hansa.core.ranges import NonNegative, Share
 from hansa.core.schedule import Schedule
 from hansa.core.task import Batch, LocalSGD, Metrics, Task
@@ -96,12 +98,12 @@ class FRAug(FedAvg):
     def init(self, task: Task, *, clients: int, horizon: int) -> State:
         """G joins the shared tensors."""
         state = super().init(task, clients=clients, horizon=horizon)
-        shared = {**state.params, **put_under(GENERATOR, _fresh(_generator(*_sizes(task)), task))}
+        shared = {**state.params, **put_under(GENERATOR, _fresh(NETS.generator(*_sizes(task)), task))}
         return dataclasses.replace(state, params=shared)
 
     def values(self, task: Task) -> frozenset[str]:
         """The running statistics of G, too."""
-        net = _generator(*_sizes(task))
+        net = NETS.generator(*_sizes(task))
         return super().values(task) | {f"{GENERATOR}/{name}" for name, _ in net.named_buffers()}
 
     def issue(self, task: Task, state: State, client: int, phase: str) -> tuple[Tree, frozenset[str] | None]:
@@ -117,7 +119,7 @@ class FRAug(FedAvg):
         zeros = functools.partial(torch.zeros, dtype=task.dtype, device=task.device)
         return {
             **super().private(task),
-            **put_under(TRANSFORMER, _fresh(_transformer(*_sizes(task)), task)),
+            **put_under(TRANSFORMER, _fresh(NETS.transformer(*_sizes(task)), task)),
             MEANS: zeros(classes, d),
             SEEN: zeros(classes),
             STEPS: zeros(()),
@@ -138,8 +140,8 @@ class FRAug(FedAvg):
             "generator_start": generator,
             GENERATOR: generator,
             TRANSFORMER: transformer,
-            "generator_velocity": task.local.start(_trained(_generator(*_sizes(task)), generator)),
-            "transformer_velocity": task.local.start(_trained(_transformer(*_sizes(task)), transformer)),
+            "generator_velocity": task.local.start(_trained(NETS.generator(*_sizes(task)), generator)),
+            "transformer_velocity": task.local.start(_trained(NETS.transformer(*_sizes(task)), transformer)),
             "prototype": pick(private, (MEANS, SEEN, STEPS)),
             "ramp": pick(payload, (RAMP,)),
         }
@@ -157,7 +159,7 @@ class FRAug(FedAvg):
     def finish(self, task: Task, carry: Carry, phase: str) -> tuple[Tree, Tree]:
         """Send the changes of the model and G; keep T and the prototypes."""
         update, private = super().finish(task, carry, phase)
-        trained = _trained(_generator(*_sizes(task)), carry["generator_start"])
+        trained = _trained(NETS.generator(*_sizes(task)), carry["generator_start"])
         moved = {n: t - trained[n] if n in trained else t for n, t in carry[GENERATOR].items()}
         kept = {**put_under(TRANSFORMER, carry[TRANSFORMER]), **carry["prototype"]}
         return {**update, **put_under(GENERATOR, moved)}, {**private, **kept}
@@ -212,7 +214,7 @@ class FRAug(FedAvg):
         }, metrics
 
     def _generator_step(self, task: Task, carry: Carry, batch: Batch, labels: Tensor, real: Tensor) -> Carry:
-        net = _generator(*_sizes(task))
+        net = NETS.generator(*_sizes(task))
         means, seen = carry["prototype"][MEANS], carry["prototype"][SEEN]
 
         def loss(moving: Tree) -> tuple[Tensor, Tree]:
@@ -235,7 +237,7 @@ class FRAug(FedAvg):
     def _transformer_step(
         self, task: Task, carry: Carry, batch: Batch, labels: Tensor, real: Tensor
     ) -> Carry:
-        nets, net, y = self._nets(task), _transformer(*_sizes(task)), batch["y"]
+        nets, net, y = self._nets(task), NETS.transformer(*_sizes(task)), batch["y"]
         means, seen = carry["prototype"][MEANS], carry["prototype"][SEEN]
         ones = torch.ones_like(y, dtype=task.dtype)
         cases = (  # (embedding of G, base, labels, weights)
@@ -287,7 +289,7 @@ class FRAug(FedAvg):
         return {**tree, **buffers, **moved}, velocity
 
     def _nets(self, task: Task) -> _Nets:
-        return _Nets(_generator(*_sizes(task)), _transformer(*_sizes(task)), task.classes)
+        return _Nets(NETS.generator(*_sizes(task)), NETS.transformer(*_sizes(task)), task.classes)
 
 
 @dataclass(frozen=True)
@@ -317,9 +319,8 @@ def _sizes(task: Task) -> tuple[int, int, int]:
     return d, max(1, d // 2), task.classes
 
 
-@functools.lru_cache(maxsize=8)
 def _generator(d: int, z: int, classes: int) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
+    with ALONE, torch.random.fork_rng(devices=[]):
         return nn.Sequential(
             nn.Linear(z + classes, d),
             nn.BatchNorm1d(d),
@@ -330,22 +331,35 @@ def _generator(d: int, z: int, classes: int) -> nn.Sequential:
         ).eval()
 
 
-@functools.lru_cache(maxsize=8)
 def _transformer(d: int, z: int, classes: int) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
+    with ALONE, torch.random.fork_rng(devices=[]):
         return nn.Sequential(
             nn.Linear(d + classes, z), nn.BatchNorm1d(z), nn.ReLU(), nn.Linear(z, d), nn.BatchNorm1d(d)
         ).eval()
 
 
+class _Networks(threading.local):
+    """G and T of every size in use, one pair a thread: a call puts the caller's tensors into its module."""
+
+    def __init__(self) -> None:
+        self.generator = functools.lru_cache(maxsize=8)(_generator)
+        self.transformer = functools.lru_cache(maxsize=8)(_transformer)
+
+
+NETS = _Networks()
+
+
 def _fresh(net: nn.Sequential, task: Task) -> Tree:
-    """A seeded initialisation of ``net``, without batch counters, which nothing reads."""
-    with torch.random.fork_rng(devices=[]):
+    """A seeded initialisation of ``net``, without batch counters, which nothing reads.
+
+    Torch's global generator is every thread's, and agents train in several.
+    """
+    with ALONE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
         for layer in net:
             if isinstance(layer, nn.Linear | nn.BatchNorm1d):
                 layer.reset_parameters()
-    made = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+        made = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
     return {n: t.to(task.dtype).to(task.device) for n, t in made.items() if t.is_floating_point()}
 
 

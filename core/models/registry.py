@@ -13,7 +13,7 @@ from hansa.core.models.cnn import DigitsCNNConfig, LeafCNNConfig
 from hansa.core.models.linear import LogisticConfig, MLPConfig
 from hansa.core.models.resnet import ResNet18Config
 from hansa.core.models.transformer import CharTransformerConfig
-from hansa.core.randomness import torch_generator
+from hansa.core.randomness import ALONE, torch_generator
 
 ModelConfig: TypeAlias = Annotated[
     LogisticConfig | MLPConfig | LeafCNNConfig | DigitsCNNConfig | ResNet18Config | CharTransformerConfig,
@@ -46,6 +46,6 @@ def build(config: ModelConfig, *, sample: Tensor, outputs: int, seed: int) -> nn
     if outputs < 1:
         raise InputError("outputs", outputs, "a model needs at least one output", "set it to 1 or more")
     # Only the CPU generator is seeded and restored; torch.manual_seed would touch every device's.
-    with torch.random.fork_rng(devices=()), torch.device("cpu"):
+    with ALONE, torch.random.fork_rng(devices=()), torch.device("cpu"):
         torch.default_generator.manual_seed(torch_generator(seed, "model").initial_seed())
         return config.assemble(sample, outputs)

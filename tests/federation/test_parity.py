@@ -37,12 +37,7 @@ def simulated(recipe: Recipe) -> Mapping[str, torch.Tensor]:
     return simulator.hub.model()
 
 
-OFF = pytest.mark.xfail(strict=True, reason="with FRAug the agents' model is off by 3e-3: a known fault")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=OFF if name == "fraug" else ()) for name in SYNCHRONOUS]
-)
+@pytest.mark.parametrize("name", SYNCHRONOUS)
 def test_synchronous_runs_give_the_simulators_model(floor: Floor, name: str) -> None:
     recipe = small(**SYNCHRONOUS[name])
 
