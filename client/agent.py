@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import grpc
+import psutil
 import stamina
 import structlog
 import torch
@@ -238,7 +239,7 @@ class Agent:
             try:
                 message = await asyncio.wait_for(self._say.get(), beat)
             except TimeoutError:
-                message = pb.FromAgent(heartbeat=pb.Heartbeat())
+                message = pb.FromAgent(heartbeat=_heartbeat())
             await stream.write(message)
 
     def _hello(self) -> pb.Hello:
@@ -351,6 +352,14 @@ class Agent:
                 assert self._link is not None
                 return await call(self._link)
         raise AssertionError
+
+
+def _heartbeat() -> pb.Heartbeat:
+    """How the battery stands, where there is one."""
+    battery = psutil.sensors_battery()
+    if battery is None:
+        return pb.Heartbeat()
+    return pb.Heartbeat(battery=battery.percent / 100, mains=bool(battery.power_plugged))
 
 
 async def attend(config: Config) -> None:

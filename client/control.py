@@ -84,6 +84,19 @@ class Coordinator:
         with self._explained():
             return b"".join(piece.data for piece in self._stub.Model(pb.RunName(id=run)))
 
+    def roster(self) -> tuple[pb.AgentStatus, ...]:
+        """The agents that are here, and those that were since the coordinator started, by name."""
+        with self._explained():
+            return tuple(self._stub.Roster(pb.RosterRequest(), timeout=_PATIENCE))
+
+    def condition(self, after: float = 0.0) -> pb.ConditionReply:
+        """How the coordinator stands; samples later than ``after``, in seconds since 1970."""
+        with self._explained():
+            reply: pb.ConditionReply = self._stub.Condition(
+                pb.ConditionRequest(after=after), timeout=_PATIENCE
+            )
+            return reply
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:

@@ -33,7 +33,10 @@ _UPDATE, _PRIVATE, _ENTRY = "update.safetensors", "private.safetensors", "entry.
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A finished job: its lease in hexadecimal, what the manifest says, and the update's digest."""
+    """A finished job: its lease in hexadecimal, what the manifest says, and the update's digest.
+
+    ``seconds`` is how long training took.
+    """
 
     lease: str
     run: str
@@ -45,6 +48,7 @@ class Entry:
     digest: str
     size: int
     tensors: Sequence[tuple[str, str, Sequence[int]]]
+    seconds: float = 0.0
 
     def infos(self) -> list[TensorInfo]:
         """The update's tensors, in the tree's order."""

@@ -111,6 +111,7 @@ class Link:
             steps=entry.steps,
             loss=entry.loss or 0.0,
             has_loss=entry.loss is not None,
+            seconds=entry.seconds,
         )
         try:
             await call.write(pb.UploadRequest(manifest=manifest))

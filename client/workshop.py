@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 import tomllib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -64,7 +65,9 @@ class Workshop:
             Job(job.number, job.phase, {name: each.to(device) for name, each in tree.items()}),
             {name: each.to(device) for name, each in private.items()},
         )
+        began = time.perf_counter()
         made = train(Data(f, f.recipe.seed), work, halt=halt)
+        seconds = time.perf_counter() - began
         sound = all(bool(t.isfinite().all()) for t in made.update.values() if t.is_floating_point())
         if not (math.isfinite(made.loss) and sound):
             raise DivergedError(
@@ -82,6 +85,7 @@ class Workshop:
             examples=len(shards.of(job.client)),
             steps=made.steps,
             loss=made.loss if made.steps else None,
+            seconds=seconds,
         )
         self._outbox.put(result, update, made.private)
         return result

@@ -25,6 +25,7 @@ from hansa.server.crash import point
 from hansa.server.figures import FIGURES
 from hansa.server.machine import Open
 from hansa.server.office import Office
+from hansa.server.roster import Roster
 from hansa.server.runs import Lease, Run, read_lease
 from hansa.server.trust import caller
 
@@ -61,8 +62,8 @@ class Limits:
 class Attendant:
     """An agent whose stream is open."""
 
-    def __init__(self, name: str, hello: pb.Hello) -> None:
-        self.name, self.hello = name, hello
+    def __init__(self, name: str, hello: pb.Hello, roster: Roster) -> None:
+        self.name, self.hello, self._roster = name, hello, roster
         self.out: asyncio.Queue[pb.ToAgent | None] = asyncio.Queue()  # None: another took its place
         self._holding = {bytes(each) for each in hello.holding}
 
@@ -93,6 +94,7 @@ class Attendant:
             clients=run.federation.clients,
         )
         self.out.put_nowait(pb.ToAgent(job=message))
+        self._roster.given(self.name, message)
         FIGURES.jobs.inc()
 
     def recall(self, run: Run, job: Open, partial: bool) -> None:
@@ -100,11 +102,13 @@ class Attendant:
         lease = run.lease(job.client, job.number)
         if not partial:
             self._holding.discard(lease)
+            self._roster.over(self.name, lease)
         self.out.put_nowait(pb.ToAgent(recall=pb.Recall(lease=lease, partial=partial)))
 
     def drop(self, lease: bytes) -> None:
-        """It does not have that job any more."""
+        """It could not do that job."""
         self._holding.discard(lease)
+        self._roster.over(self.name, lease, failed=True)
 
 
 class Agents(AgentsServicer):
@@ -114,6 +118,11 @@ class Agents(AgentsServicer):
         self._office, self._limits = office, limits
         self._permits = asyncio.Semaphore(limits.uploads)
         self._under_way: set[Lease] = set()
+
+    def gauge(self, sample: pb.Sample) -> None:
+        """Fill in what uploads are doing now."""
+        sample.uploads = min(len(self._under_way), self._limits.uploads)
+        sample.uploads_waiting = len(self._under_way) - sample.uploads
 
     # Attendance.
 
@@ -128,7 +137,7 @@ class Agents(AgentsServicer):
             await self._refuse(context, Code.FAILED_PRECONDITION, name, reason)
         if len(hello.holding) > 100_000 or hello.seats.of > 1_000_000 or len(hello.seats.clients) > 100_000:
             await self._refuse(context, Code.INVALID_ARGUMENT, name, "the hello is too long")
-        attendant = Attendant(name, hello)
+        attendant = Attendant(name, hello, self._office.roster)
         attendant.out.put_nowait(
             pb.ToAgent(welcome=pb.Welcome(version=version(), heartbeat=self._limits.heartbeat, name=name))
         )
@@ -163,6 +172,7 @@ class Agents(AgentsServicer):
             match message.WhichOneof("body"):
                 case "heartbeat":
                     FIGURES.heartbeats.inc()
+                    self._office.roster.heard(attendant.name, message.heartbeat)
                     attendant.out.put_nowait(pb.ToAgent(pulse=pb.Pulse()))
                 case "failure":
                     self._fail(attendant, message.failure)
@@ -338,6 +348,7 @@ class Agents(AgentsServicer):
             },
         )
         point("before-ack")
+        self._office.roster.sent(name, manifest, counted=verdict == "counted")
         FIGURES.updates.labels(verdict).inc()
         FIGURES.bytes_up.inc(size)
         return verdict == "counted"
@@ -375,6 +386,7 @@ class Agents(AgentsServicer):
         )
 
     async def _refuse(self, context: Context, code: Code, name: str, why: str, **facts: object) -> NoReturn:
+        self._office.roster.refused(name)
         FIGURES.refused.labels(code.name).inc()
         _log.warning("refused", agent=name, status=code.name, why=why, **facts)
         await context.abort(code, why)

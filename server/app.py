@@ -6,6 +6,7 @@
     <data>/artefacts/     updates, snapshots
     <data>/lock           held by the one process that leads here
     <data>/address        where it listens
+    <data>/metrics        where Prometheus finds it, if it may
     <runs>/<run id>/      run directories, as the simulator writes them
 """
 
@@ -36,7 +37,7 @@ from hansa.server.agents import Agents, Limits
 from hansa.server.artefacts import Artefacts
 from hansa.server.control import Control
 from hansa.server.events import EventLog
-from hansa.server.figures import FIGURES
+from hansa.server.figures import FIGURES, Condition
 from hansa.server.office import Office
 from hansa.server.trust import (
     RULES,
@@ -132,8 +133,17 @@ async def coordinator(config: Config, *, fenced: asyncio.Event | None = None) ->
         else Guard(RULES, authority.denied, on_refused=RefusalLog(authority.audit))
     )
     server = grpc.aio.server(interceptors=(guard,), options=OPTIONS, maximum_concurrent_rpcs=config.rpcs)
-    add_AgentsServicer_to_server(Agents(office, limits), server)
-    add_ControlServicer_to_server(Control(office, config.runs), server)
+    agents = Agents(office, limits)
+
+    def gauges(sample: federation_pb2.Sample) -> None:
+        office.gauge(sample)
+        agents.gauge(sample)
+
+    condition = Condition(
+        gauges, lambda: (each.status for each in office.runs()), secure=authority is not None
+    )
+    add_AgentsServicer_to_server(agents, server)
+    add_ControlServicer_to_server(Control(office, config.runs, condition), server)
     if authority is not None:
         enrolment_pb2_grpc.add_RenewalServicer_to_server(Renewal(authority), server)
     state = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - lazily made
@@ -145,16 +155,19 @@ async def coordinator(config: Config, *, fenced: asyncio.Event | None = None) ->
     if authority is not None and config.enrolment:
         enrolling, _ = enrolment_server(authority, config.enrolment)
         await enrolling.start()
-    metrics = _metrics(config.metrics)
+    metrics = _metrics(config)
     await office.recover()
     await server.start()
     await state.set("", health_pb2.HealthCheckResponse.SERVING)
     host = config.listen.rpartition(":")[0]
     (config.data / "address").write_text(f"{host}:{port}")
     _log.info("listening", port=port, epoch=log.epoch, secure=authority is not None)
+    watching = asyncio.create_task(condition.watch(), name="samples")
     try:
-        yield port
+        with condition.published():
+            yield port
     finally:
+        watching.cancel()
         await state.enter_graceful_shutdown()
         office.drain()
         await server.stop(_DRAIN)
@@ -164,6 +177,7 @@ async def coordinator(config: Config, *, fenced: asyncio.Event | None = None) ->
         await log.close()
         if metrics is not None:
             metrics.shutdown()
+            metrics.server_close()
         if authority is not None:
             authority.close()
         os.close(lock)
@@ -206,12 +220,15 @@ def _bind(server: grpc.aio.Server, listen: str, authority: Authority | None) -> 
         ) from error
 
 
-def _metrics(address: str | None) -> Any:
-    if address is None:
+def _metrics(config: Config) -> Any:
+    if config.metrics is None:
         return None
-    host, _, port = address.rpartition(":")
+    host, _, port = config.metrics.rpartition(":")
     try:
         server, _ = start_http_server(int(port), host or "127.0.0.1", FIGURES.registry)
     except (OSError, ValueError) as error:
-        raise InputError("coordinator.metrics", address, f"{error}", "use another host:port") from error
+        raise InputError(
+            "coordinator.metrics", config.metrics, f"{error}", "use another host:port"
+        ) from error
+    (config.data / "metrics").write_text(f"{host or '127.0.0.1'}:{server.server_port}")
     return server

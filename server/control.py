@@ -10,12 +10,13 @@ import grpc
 import structlog
 
 from hansa.core.errors import HansaError
-from hansa.core.store import Round
+from hansa.core.store import Round, RunStore, RunSummary
 from hansa.core.wire import PIECE
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import ControlServicer
 from hansa.core.wire.tensors import pack
 from hansa.server.events import RunRow
+from hansa.server.figures import Condition
 from hansa.server.office import Office
 from hansa.server.runs import Run
 from hansa.server.trust import caller
@@ -29,8 +30,9 @@ _log = structlog.get_logger(__name__)
 class Control(ControlServicer):
     """See the module."""
 
-    def __init__(self, office: Office, folder: Path) -> None:
-        self._office, self._folder = office, folder
+    def __init__(self, office: Office, folder: Path, condition: Condition) -> None:
+        self._office, self._folder, self._condition = office, folder, condition
+        self._summaries: dict[str, RunSummary] = {}  # of runs that have ended
 
     async def Submit(self, request: pb.Submission, context: Context) -> pb.RunStatus:  # noqa: N802
         """Start a run."""
@@ -40,18 +42,18 @@ class Control(ControlServicer):
         except HansaError as error:
             await _abort(context, Code.INVALID_ARGUMENT, str(error))
         _log.info("submitted", run=run.id, by=who)
-        return self._status(run)
+        return await self._status(run)
 
     async def List(self, request: pb.ListRequest, context: Context) -> pb.RunList:  # noqa: N802
         """All runs, the oldest first."""
         mine = [run for run in self._office.runs() if caller().may_see(run.owner)]
-        return pb.RunList(runs=[self._status(run) for run in mine])
+        return pb.RunList(runs=[await self._status(run) for run in mine])
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> None:  # noqa: N802
         """Rounds as they are made, then the end."""
         run = await self._any(request.id, context)
         if not isinstance(run, Run):
-            await context.write(pb.Happening(end=self._status(run)))
+            await context.write(pb.Happening(end=await self._status(run)))
             return
         news = asyncio.Event()
         news.set()
@@ -67,7 +69,7 @@ class Control(ControlServicer):
                         await context.write(pb.Happening(round=_round(done)))
                     told += 1
                 if not active:
-                    await context.write(pb.Happening(end=self._status(run)))
+                    await context.write(pb.Happening(end=await self._status(run)))
                     return
         finally:
             run.watchers.discard(news)
@@ -77,7 +79,7 @@ class Control(ControlServicer):
         run = await self._live(request.id, context)
         await run.stop()
         _log.info("stopped", run=run.id, by=caller().identity.name)
-        return self._status(run)
+        return await self._status(run)
 
     async def Resume(self, request: pb.RunName, context: Context) -> pb.RunStatus:  # noqa: N802
         """Go on with an interrupted run."""
@@ -87,7 +89,7 @@ class Control(ControlServicer):
         except HansaError as error:
             await _abort(context, Code.FAILED_PRECONDITION, str(error))
         _log.info("resumed", run=run.id, by=caller().identity.name)
-        return self._status(run)
+        return await self._status(run)
 
     async def Model(self, request: pb.RunName, context: Context) -> None:  # noqa: N802
         """The final model, or the newest."""
@@ -102,13 +104,45 @@ class Control(ControlServicer):
         for offset in range(0, len(data), PIECE):
             await context.write(pb.Piece(offset=offset, data=data[offset : offset + PIECE]))
 
-    def _status(self, run: Run | RunRow) -> pb.RunStatus:
+    async def Roster(self, request: pb.RosterRequest, context: Context) -> None:  # noqa: N802
+        """The agents, by name, with their jobs in runs that the caller may see."""
+        hidden = {run.id for run in self._office.runs() if not caller().may_see(run.owner)}
+        caller().may_see("")  # there may be no run, and then there is nothing to hide
+        for agent in self._office.roster:
+            for job in agent.jobs:
+                if job.run in hidden:
+                    job.run = ""
+            await context.write(agent)
+
+    async def Condition(self, request: pb.ConditionRequest, context: Context) -> pb.ConditionReply:  # noqa: N802
+        """How the coordinator stands."""
+        return self._condition.reply(request.after)
+
+    async def _status(self, run: Run | RunRow) -> pb.RunStatus:
         status = pb.RunStatus(
-            id=run.id, status=run.status, reason=run.reason, directory=str(self._folder / run.id)
+            id=run.id,
+            status=run.status,
+            reason=run.reason,
+            directory=str(self._folder / run.id),
+            owner=run.owner,
         )
         if isinstance(run, Run):
             status.rounds = run.machine.hub.state.version
             status.clients, status.present = run.federation.clients, len(run.workers)
+            status.planned, status.open = run.federation.recipe.stop.rounds, run.open
+        summary = self._summaries.get(run.id)
+        if summary is None:
+            summary = await asyncio.to_thread(_summary, self._folder / run.id)
+        if summary is None:  # its directory was removed
+            return status
+        if run.status in ("finished", "failed"):
+            self._summaries[run.id] = summary
+        status.name, status.algorithm, status.seed = summary.name, summary.algorithm, str(summary.seed)
+        status.started = summary.started.timestamp() if summary.started else 0.0
+        status.rounds = status.rounds or summary.rounds
+        status.time, status.bytes_up, status.bytes_down = summary.time, summary.bytes_up, summary.bytes_down
+        if summary.accuracy is not None and summary.best_accuracy is not None:
+            status.accuracy, status.best_accuracy = summary.accuracy, summary.best_accuracy
         return status
 
     async def _live(self, id: str, context: Context) -> Run:
@@ -123,6 +157,14 @@ class Control(ControlServicer):
                 caller().owns(each.owner, f"run {id}")
                 return each
         return await _abort(context, Code.NOT_FOUND, "there is no such run")
+
+
+def _summary(directory: Path) -> RunSummary | None:
+    try:
+        with RunStore.open(directory) as store:
+            return store.summary()
+    except HansaError:
+        return None
 
 
 async def _abort(context: Context, code: Code, why: str) -> NoReturn:

@@ -175,6 +175,11 @@ class EventLog:
         except SQLAlchemyError as error:
             raise RunError(f"{url}: the event log cannot be opened ({error})") from error
 
+    @property
+    def waiting(self) -> int:
+        """Events that wait to become durable."""
+        return sum(len(events) for _, events, _ in self._waiting)
+
     async def append(self, run: str, events: Sequence[Event]) -> None:
         """Add events to a run's; returns when they are durable. Waits as long as the database is away.
 

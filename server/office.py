@@ -18,7 +18,7 @@ from hansa.core.store import new_run_directory
 from hansa.core.wire import federation_pb2 as pb
 from hansa.server.artefacts import Artefacts
 from hansa.server.events import EventLog, RunRow
-from hansa.server.figures import FIGURES
+from hansa.server.roster import Roster
 from hansa.server.runs import Run
 from hansa.strategies.catalog import assemble, imports, resolved
 
@@ -36,12 +36,16 @@ class Office:
     folder: of run directories.
     grace: seconds that an agent may be gone before its jobs are lost.
     code: what recipes may import (``package.module:Class``); nothing by default.
+
+    Attributes
+    ----------
+    roster: what is known of the agents, connected or not.
     """
 
     def __init__(
         self, log: EventLog, artefacts: Artefacts, folder: Path, *, grace: float, code: Collection[str] = ()
     ) -> None:
-        self.artefacts = artefacts
+        self.artefacts, self.roster = artefacts, Roster()
         self._events, self._folder, self._grace, self._code = log, folder, grace, code
         self._runs: dict[str, Run] = {}
         self._past: dict[str, RunRow] = {}  # ended before this process began
@@ -136,7 +140,6 @@ class Office:
 
     def _begin(self, run: Run) -> None:
         self._runs[run.id] = run
-        FIGURES.runs.set(sum(each.active for each in self._runs.values()))
         run.start()
         if run.active:
             self._gather(run)
@@ -176,7 +179,7 @@ class Office:
         self._agents[attendant.name] = attendant
         if before is not None:
             before.out.put_nowait(None)
-        FIGURES.agents.set(len(self._agents))
+        self.roster.came(attendant.name, attendant.hello)
         _log.info("an agent came", agent=attendant.name, device=attendant.hello.device[:40])
         for run in self._runs.values():
             if run.active:
@@ -186,12 +189,20 @@ class Office:
         """An agent's stream ended."""
         if self._agents.get(attendant.name) is attendant:
             del self._agents[attendant.name]
-        FIGURES.agents.set(len(self._agents))
+            self.roster.went(attendant.name)
         _log.info("an agent went", agent=attendant.name)
         for run in self._runs.values():
             clients = run.depart(attendant)
             if clients and run.active:
                 asyncio.get_running_loop().call_later(self._grace, run.give_up, clients)
+
+    def gauge(self, sample: pb.Sample) -> None:
+        """Fill in what is here now."""
+        active = [run for run in self._runs.values() if run.active]
+        sample.agents, sample.runs = len(self._agents), len(active)
+        sample.jobs = sum(run.open for run in active)
+        sample.messages_waiting = sum(run.waiting for run in active)
+        sample.events_waiting = self._events.waiting
 
     def drain(self) -> None:
         """Tell all agents that the coordinator goes away and will be back."""

@@ -31,6 +31,7 @@ from hansa.core.wire.tensors import pack, unpack_file
 from hansa.server.artefacts import Artefacts
 from hansa.server.crash import point
 from hansa.server.events import Event, EventLog, Fenced, RunRow, Snapshot
+from hansa.server.figures import FIGURES
 from hansa.server.machine import Effects, Machine, Open, Verdict
 from hansa.strategies.catalog import Federation
 from hansa.strategies.evaluate import Evaluator
@@ -152,6 +153,16 @@ class Run:
     def active(self) -> bool:
         """Whether it wants work done."""
         return self.status in ("waiting", "running")
+
+    @property
+    def open(self) -> int:
+        """Jobs that are out: given to a client, and not yet back."""
+        return sum(job.update is None for mine in self.machine.open.values() for job in mine.values())
+
+    @property
+    def waiting(self) -> int:
+        """Messages that have not been looked at."""
+        return self._inbox.qsize()
 
     @property
     def now(self) -> float:
@@ -300,6 +311,7 @@ class Run:
             if done.index > self._recorded:  # a replay makes rounds again
                 self._store.append(done)
                 self._recorded = done.index
+                FIGURES.rounds.inc()
                 self._log.info(
                     "round", round=done.index, **{k: v for k, v in done.metrics.items() if k in _TOLD}
                 )

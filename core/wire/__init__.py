@@ -10,7 +10,7 @@ from typing import Any
 
 from hansa.core.wire.federation_pb2 import Version
 
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 PIECE = 1 << 20
 """Bytes of a piece."""
 MESSAGE_LIMIT = 4 << 20

@@ -56,8 +56,12 @@ class Seats(_message.Message):
     def __init__(self, clients: _Optional[_Iterable[int]] = ..., share: _Optional[int] = ..., of: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("battery", "mains")
+    BATTERY_FIELD_NUMBER: _ClassVar[int]
+    MAINS_FIELD_NUMBER: _ClassVar[int]
+    battery: float
+    mains: bool
+    def __init__(self, battery: _Optional[float] = ..., mains: _Optional[bool] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("lease", "steps")
@@ -196,7 +200,7 @@ class UploadRequest(_message.Message):
     def __init__(self, manifest: _Optional[_Union[Manifest, _Mapping]] = ..., piece: _Optional[_Union[Piece, _Mapping]] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("lease", "update", "tensors", "examples", "steps", "loss", "has_loss")
+    __slots__ = ("lease", "update", "tensors", "examples", "steps", "loss", "has_loss", "seconds")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     UPDATE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +208,7 @@ class Manifest(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     HAS_LOSS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
     lease: bytes
     update: Blob
     tensors: _containers.RepeatedCompositeFieldContainer[TensorInfo]
@@ -211,7 +216,8 @@ class Manifest(_message.Message):
     steps: int
     loss: float
     has_loss: bool
-    def __init__(self, lease: _Optional[bytes] = ..., update: _Optional[_Union[Blob, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., examples: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., has_loss: _Optional[bool] = ...) -> None: ...
+    seconds: float
+    def __init__(self, lease: _Optional[bytes] = ..., update: _Optional[_Union[Blob, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., examples: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., has_loss: _Optional[bool] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class UploadReply(_message.Message):
     __slots__ = ("permit", "acknowledgement")
@@ -268,7 +274,7 @@ class RunList(_message.Message):
     def __init__(self, runs: _Optional[_Iterable[_Union[RunStatus, _Mapping]]] = ...) -> None: ...
 
 class RunStatus(_message.Message):
-    __slots__ = ("id", "status", "reason", "rounds", "clients", "present", "directory")
+    __slots__ = ("id", "status", "reason", "rounds", "clients", "present", "directory", "owner", "name", "algorithm", "seed", "started", "planned", "accuracy", "best_accuracy", "time", "bytes_up", "bytes_down", "open")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -276,6 +282,18 @@ class RunStatus(_message.Message):
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
     PRESENT_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ALGORITHM_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    BEST_ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
     id: str
     status: str
     reason: str
@@ -283,7 +301,19 @@ class RunStatus(_message.Message):
     clients: int
     present: int
     directory: str
-    def __init__(self, id: _Optional[str] = ..., status: _Optional[str] = ..., reason: _Optional[str] = ..., rounds: _Optional[int] = ..., clients: _Optional[int] = ..., present: _Optional[int] = ..., directory: _Optional[str] = ...) -> None: ...
+    owner: str
+    name: str
+    algorithm: str
+    seed: str
+    started: float
+    planned: int
+    accuracy: float
+    best_accuracy: float
+    time: float
+    bytes_up: int
+    bytes_down: int
+    open: int
+    def __init__(self, id: _Optional[str] = ..., status: _Optional[str] = ..., reason: _Optional[str] = ..., rounds: _Optional[int] = ..., clients: _Optional[int] = ..., present: _Optional[int] = ..., directory: _Optional[str] = ..., owner: _Optional[str] = ..., name: _Optional[str] = ..., algorithm: _Optional[str] = ..., seed: _Optional[str] = ..., started: _Optional[float] = ..., planned: _Optional[int] = ..., accuracy: _Optional[float] = ..., best_accuracy: _Optional[float] = ..., time: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., open: _Optional[int] = ...) -> None: ...
 
 class Happening(_message.Message):
     __slots__ = ("round", "end")
@@ -317,3 +347,133 @@ class Round(_message.Message):
     folded: int
     metrics: _containers.ScalarMap[str, float]
     def __init__(self, index: _Optional[int] = ..., time: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., asked: _Optional[int] = ..., folded: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class RosterRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AgentStatus(_message.Message):
+    __slots__ = ("name", "connected", "device", "memory", "hansa", "torch", "protocol", "seats", "first", "seen", "attended", "battery", "mains", "jobs", "counted", "late", "failed", "refused", "bytes", "steps", "seconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    HANSA_FIELD_NUMBER: _ClassVar[int]
+    TORCH_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    ATTENDED_FIELD_NUMBER: _ClassVar[int]
+    BATTERY_FIELD_NUMBER: _ClassVar[int]
+    MAINS_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    connected: bool
+    device: str
+    memory: int
+    hansa: str
+    torch: str
+    protocol: str
+    seats: Seats
+    first: float
+    seen: float
+    attended: float
+    battery: float
+    mains: bool
+    jobs: _containers.RepeatedCompositeFieldContainer[OpenJob]
+    counted: int
+    late: int
+    failed: int
+    refused: int
+    bytes: int
+    steps: int
+    seconds: float
+    def __init__(self, name: _Optional[str] = ..., connected: _Optional[bool] = ..., device: _Optional[str] = ..., memory: _Optional[int] = ..., hansa: _Optional[str] = ..., torch: _Optional[str] = ..., protocol: _Optional[str] = ..., seats: _Optional[_Union[Seats, _Mapping]] = ..., first: _Optional[float] = ..., seen: _Optional[float] = ..., attended: _Optional[float] = ..., battery: _Optional[float] = ..., mains: _Optional[bool] = ..., jobs: _Optional[_Iterable[_Union[OpenJob, _Mapping]]] = ..., counted: _Optional[int] = ..., late: _Optional[int] = ..., failed: _Optional[int] = ..., refused: _Optional[int] = ..., bytes: _Optional[int] = ..., steps: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class OpenJob(_message.Message):
+    __slots__ = ("run", "client", "number", "phase", "since")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    client: int
+    number: int
+    phase: str
+    since: float
+    def __init__(self, run: _Optional[str] = ..., client: _Optional[int] = ..., number: _Optional[int] = ..., phase: _Optional[str] = ..., since: _Optional[float] = ...) -> None: ...
+
+class ConditionRequest(_message.Message):
+    __slots__ = ("after",)
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    after: float
+    def __init__(self, after: _Optional[float] = ...) -> None: ...
+
+class ConditionReply(_message.Message):
+    __slots__ = ("hansa", "python", "torch", "platform", "protocol", "started", "secure", "cores", "memory", "samples")
+    HANSA_FIELD_NUMBER: _ClassVar[int]
+    PYTHON_FIELD_NUMBER: _ClassVar[int]
+    TORCH_FIELD_NUMBER: _ClassVar[int]
+    PLATFORM_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    SECURE_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    hansa: str
+    python: str
+    torch: str
+    platform: str
+    protocol: Version
+    started: float
+    secure: bool
+    cores: int
+    memory: int
+    samples: _containers.RepeatedCompositeFieldContainer[Sample]
+    def __init__(self, hansa: _Optional[str] = ..., python: _Optional[str] = ..., torch: _Optional[str] = ..., platform: _Optional[str] = ..., protocol: _Optional[_Union[Version, _Mapping]] = ..., started: _Optional[float] = ..., secure: _Optional[bool] = ..., cores: _Optional[int] = ..., memory: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ...) -> None: ...
+
+class Sample(_message.Message):
+    __slots__ = ("at", "resident", "processor", "agents", "runs", "jobs", "uploads", "uploads_waiting", "messages_waiting", "events_waiting", "rounds", "counted", "late", "refused", "bytes_up", "bytes_down")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    PROCESSOR_FIELD_NUMBER: _ClassVar[int]
+    AGENTS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    UPLOADS_FIELD_NUMBER: _ClassVar[int]
+    UPLOADS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_WAITING_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    LATE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    resident: int
+    processor: float
+    agents: int
+    runs: int
+    jobs: int
+    uploads: int
+    uploads_waiting: int
+    messages_waiting: int
+    events_waiting: int
+    rounds: int
+    counted: int
+    late: int
+    refused: int
+    bytes_up: int
+    bytes_down: int
+    def __init__(self, at: _Optional[float] = ..., resident: _Optional[int] = ..., processor: _Optional[float] = ..., agents: _Optional[int] = ..., runs: _Optional[int] = ..., jobs: _Optional[int] = ..., uploads: _Optional[int] = ..., uploads_waiting: _Optional[int] = ..., messages_waiting: _Optional[int] = ..., events_waiting: _Optional[int] = ..., rounds: _Optional[int] = ..., counted: _Optional[int] = ..., late: _Optional[int] = ..., refused: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ...) -> None: ...

@@ -229,6 +229,16 @@ class ControlStub:
                 request_serializer=hansa_dot_core_dot_wire_dot_federation__pb2.RunName.SerializeToString,
                 response_deserializer=hansa_dot_core_dot_wire_dot_federation__pb2.Piece.FromString,
                 _registered_method=True)
+        self.Roster = channel.unary_stream(
+                '/hansa.v1.Control/Roster',
+                request_serializer=hansa_dot_core_dot_wire_dot_federation__pb2.RosterRequest.SerializeToString,
+                response_deserializer=hansa_dot_core_dot_wire_dot_federation__pb2.AgentStatus.FromString,
+                _registered_method=True)
+        self.Condition = channel.unary_unary(
+                '/hansa.v1.Control/Condition',
+                request_serializer=hansa_dot_core_dot_wire_dot_federation__pb2.ConditionRequest.SerializeToString,
+                response_deserializer=hansa_dot_core_dot_wire_dot_federation__pb2.ConditionReply.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -273,6 +283,20 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Roster(self, request, context):
+        """The agents that are here, and those that were since the coordinator started.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Condition(self, request, context):
+        """How the coordinator stands: versions, memory, queues, and samples of the last hour.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -305,6 +329,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Model,
                     request_deserializer=hansa_dot_core_dot_wire_dot_federation__pb2.RunName.FromString,
                     response_serializer=hansa_dot_core_dot_wire_dot_federation__pb2.Piece.SerializeToString,
+            ),
+            'Roster': grpc.unary_stream_rpc_method_handler(
+                    servicer.Roster,
+                    request_deserializer=hansa_dot_core_dot_wire_dot_federation__pb2.RosterRequest.FromString,
+                    response_serializer=hansa_dot_core_dot_wire_dot_federation__pb2.AgentStatus.SerializeToString,
+            ),
+            'Condition': grpc.unary_unary_rpc_method_handler(
+                    servicer.Condition,
+                    request_deserializer=hansa_dot_core_dot_wire_dot_federation__pb2.ConditionRequest.FromString,
+                    response_serializer=hansa_dot_core_dot_wire_dot_federation__pb2.ConditionReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -470,6 +504,60 @@ class Control:
             '/hansa.v1.Control/Model',
             hansa_dot_core_dot_wire_dot_federation__pb2.RunName.SerializeToString,
             hansa_dot_core_dot_wire_dot_federation__pb2.Piece.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Roster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hansa.v1.Control/Roster',
+            hansa_dot_core_dot_wire_dot_federation__pb2.RosterRequest.SerializeToString,
+            hansa_dot_core_dot_wire_dot_federation__pb2.AgentStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Condition(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hansa.v1.Control/Condition',
+            hansa_dot_core_dot_wire_dot_federation__pb2.ConditionRequest.SerializeToString,
+            hansa_dot_core_dot_wire_dot_federation__pb2.ConditionReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,6 +30,7 @@ _AGENTS = {Role.AGENT: Reach.ALL}
 _SUBMITTERS = {Role.ADMIN: Reach.ALL, Role.RESEARCHER: Reach.ALL}
 _STEERERS = {Role.ADMIN: Reach.ALL, Role.OPERATOR: Reach.ALL, Role.RESEARCHER: Reach.OWN}
 _READERS = {**_STEERERS, Role.AUDITOR: Reach.ALL}
+_WATCHERS = dict.fromkeys((Role.ADMIN, Role.OPERATOR, Role.RESEARCHER, Role.AUDITOR), Reach.ALL)
 _MODEL_READERS = {Role.ADMIN: Reach.ALL, Role.RESEARCHER: Reach.OWN}
 _EVERYONE = dict.fromkeys(Role, Reach.ALL)
 _OVERSEERS = dict.fromkeys((Role.ADMIN, Role.OPERATOR, Role.AUDITOR), Reach.ALL)
@@ -44,6 +45,8 @@ RULES: Rules = {
     "/hansa.v1.Control/Stop": _STEERERS,
     "/hansa.v1.Control/Resume": _STEERERS,
     "/hansa.v1.Control/Model": _MODEL_READERS,
+    "/hansa.v1.Control/Roster": _READERS,
+    "/hansa.v1.Control/Condition": _WATCHERS,
     "/hansa.v1.Renewal/Renew": _EVERYONE,
     "/grpc.health.v1.Health/Check": _EVERYONE,
     "/grpc.health.v1.Health/Watch": _EVERYONE,
