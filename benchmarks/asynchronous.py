@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import statistics
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import published
 import torch
 
 from hansa.core.recipe import parse
@@ -191,14 +191,7 @@ def main() -> None:
         ]
     )
     if arguments.write:
-        text = arguments.write.read_text()
-        marked = re.sub(
-            r"(<!-- asynchronous table -->\n).*?(\n<!-- end -->)",
-            lambda m: m[1] + table + m[2],
-            text,
-            flags=re.DOTALL,
-        )
-        arguments.write.write_text(marked)
+        published.write(arguments.write, "asynchronous table", table)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ counted, not estimated.
 from __future__ import annotations
 
 import argparse
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import published
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,12 +184,6 @@ def _peak() -> float:
     return float(2 * 2048**3 / fastest)
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return named[1] if named else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -221,20 +214,14 @@ def main() -> None:
             "",
             f"Client updates per second, medians of {arguments.rounds} interleaved rounds; in brackets the",
             "median ratio to the plain loop of the same round, and the share of the peak of this machine's",
-            f"matrix product ({peak / 1e9:.0f} Gflop/s). {arguments.threads} thread(s), {_processor()},",
-            f"torch {torch.__version__}, float32. `python benchmarks/engine.py` makes this table.",
+            f"matrix product ({peak / 1e9:.0f} Gflop/s). {arguments.threads} thread(s),",
+            f"{published.processor()}, torch {torch.__version__}, float32.",
+            "`python benchmarks/engine.py` makes this table.",
         ]
     )
     print(table)
     if arguments.write:
-        text = arguments.write.read_text()
-        marked = re.sub(
-            r"(<!-- engine table -->\n).*?(\n<!-- end -->)",
-            lambda m: m[1] + table + m[2],
-            text,
-            flags=re.DOTALL,
-        )
-        arguments.write.write_text(marked)
+        published.write(arguments.write, "engine table", table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import platform
 import re
 import statistics
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published
 import torch
 from torch import Tensor
 
@@ -138,12 +138,6 @@ def alone(name: str, rule: Side, updates: Tensor, rounds: int) -> str:
     return f"| {name} | | {median:.3f} | | {memory:.1%} |"
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return named[1] if named else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -175,20 +169,13 @@ def main() -> None:
             "interleaved rounds; in brackets the median ratio of the same round. Memory is the peak",
             "beside the updates, as a share of theirs. ByzFL was not run where its cells are empty: its NNM",
             "stores n (n − f) d numbers.",
-            f"{_processor()}, byzfl 0.0.11, torch {torch.__version__}, NumPy {np.__version__}.",
+            f"{published.processor()}, byzfl 0.0.11, torch {torch.__version__}, NumPy {np.__version__}.",
             "`python benchmarks/robust.py` makes this table.",
         ]
     )
     print(table)
     if arguments.write:
-        text = arguments.write.read_text()
-        marked = re.sub(
-            r"(<!-- robust table -->\n).*?(<!-- end -->)",
-            lambda m: f"{m[1]}{table}\n{m[2]}",
-            text,
-            flags=re.DOTALL,
-        )
-        arguments.write.write_text(marked)
+        published.write(arguments.write, "robust table", table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
 import resource
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import published
 import torch
 
 from hansa.core.data import Examples, FederatedData, Shards
@@ -149,14 +149,7 @@ def main() -> None:
     table = made_table([case for case in CASES if arguments.only in (None, case.part)], arguments.threads)
     print(table)
     if arguments.write:
-        text = arguments.write.read_text()
-        marked = re.sub(
-            r"(<!-- scale table -->\n).*?(\n<!-- end -->)",
-            lambda m: m[1] + table + m[2],
-            text,
-            flags=re.DOTALL,
-        )
-        arguments.write.write_text(marked)
+        published.write(arguments.write, "scale table", table)
 
 
 def made_table(cases: list[Case], threads: int) -> str:

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import select
 import signal
 import subprocess
@@ -32,6 +31,9 @@ import table
 from job import Job, descendants
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+import published  # noqa: E402
+
 OURS = ("hansa", "plain")  # they run where this script runs
 SIDES = (*OURS, *environments.ENVIRONMENTS)
 ON_GPU = ("hansa", "plain", "pfl")
@@ -216,14 +218,16 @@ def _tell(text: str) -> None:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     if device != "cpu":
         import torch
 
         device = torch.cuda.get_device_name()
-    cpu = named[1] if named else platform.processor()
-    return {"cpu": cpu, "cores": os.cpu_count(), "device": device, "python": platform.python_version()}
+    return {
+        "cpu": published.processor(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "python": platform.python_version(),
+    }
 
 
 def _arguments() -> argparse.Namespace:
@@ -322,8 +326,8 @@ def main() -> int:
         if arguments.picture:
             where = os.path.relpath(arguments.picture, file.parent)
             shown += f"\n\n![Seconds per round of every side, on a logarithmic axis]({where})"
-        text = table.replace(file.read_text(), "peers table", shown)
-        file.write_text(table.replace(text, "peers details", details))
+        text = published.replace(file.read_text(), "peers table", shown)
+        file.write_text(published.replace(text, "peers details", details))
     return 1 if table.problems(results) else 0
 
 

@@ -181,13 +181,6 @@ def details(results: Mapping[str, Any]) -> str:
     return "\n".join([*rows, *told])
 
 
-def replace(text: str, name: str, made: str) -> str:
-    """``text`` with what stands between ``<!-- name -->`` and ``<!-- end -->`` replaced, where they are."""
-    head, begin, rest = text.partition(f"<!-- {name} -->\n")
-    _, end, tail = rest.partition("\n<!-- end -->")
-    return f"{head}{begin}{made}{end}{tail}" if begin and end else text
-
-
 def picture(results: Mapping[str, Any], path: Path) -> None:
     """Bars of seconds per round on a logarithmic axis, a panel for each case."""
     import matplotlib
