@@ -28,7 +28,7 @@ import grpc
 import torch
 
 from hansa.cli import local
-from hansa.client.control import Coordinator
+from hansa.core.control import Coordinator
 from hansa.core.recipe import parse
 from hansa.core.store import RunStore
 from hansa.core.trust import Role, channel_credentials

@@ -20,6 +20,7 @@ from hansa.cli.options import Json as _Json
 from hansa.cli.options import epilog as _epilog
 from hansa.cli.options import output as _output
 from hansa.cli.pki import pki
+from hansa.cli.ui import ui
 from hansa.core import errors
 
 if TYPE_CHECKING:
@@ -396,6 +397,9 @@ def report(run: _Run, runs: _Runs = _RUNS, json: _Json = False) -> None:
     path = write_report(_found(run, runs))
     out.say(str(path))
     out.envelope(report=path)
+
+
+app.command(epilog=_epilog("Examples", "hansa ui", "hansa ui --runs results", "hansa ui --server local"))(ui)
 
 
 def _follows() -> bool:

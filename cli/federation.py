@@ -17,7 +17,7 @@ from hansa.cli.output import Output, number, score
 from hansa.core.errors import HansaError, Interrupted, RunError
 
 if TYPE_CHECKING:
-    from hansa.client.control import Coordinator
+    from hansa.core.control import Coordinator
     from hansa.core.recipe import Recipe
     from hansa.core.wire import federation_pb2 as pb
 
@@ -139,7 +139,7 @@ def run_on(recipe: Recipe, where: str, out: Output, *, wait_for: int, quiet: boo
     """Run a recipe on a coordinator and tell how it goes; returns the exit code."""
     import secrets
 
-    with _coordinator(where) as remote:
+    with coordinator_at(where) as remote:
         status = remote.submit(recipe.toml(), wait_for=wait_for, key=secrets.token_hex(16))
         if not quiet:
             out.error.print(f"{status.id}: on {remote.address}", soft_wrap=True, markup=False)
@@ -148,27 +148,28 @@ def run_on(recipe: Recipe, where: str, out: Output, *, wait_for: int, quiet: boo
 
 def resume_on(run: str, where: str, out: Output, *, quiet: bool) -> int:
     """Go on with an interrupted run of a coordinator."""
-    with _coordinator(where) as remote:
+    with coordinator_at(where) as remote:
         status = remote.resume(run)
         return _follow(remote, run, out, quiet=quiet, after=status.rounds)
 
 
 def stop_on(run: str, where: str, out: Output) -> None:
     """Interrupt a run of a coordinator."""
-    with _coordinator(where) as remote:
+    with coordinator_at(where) as remote:
         status = remote.stop(run)
         out.say(f"{run}: {status.status}; `hansa resume {run} --on {where}` goes on")
         out.envelope(run=_facts(status))
 
 
-def _coordinator(where: str) -> Coordinator:
+def coordinator_at(where: str, *, patience: float = 20.0) -> Coordinator:
+    """The coordinator at HOST:PORT, or with "local" that of `hansa local up`."""
     from hansa.cli import local as processes
-    from hansa.client.control import Coordinator
+    from hansa.core.control import Coordinator
 
     if where == "local":
-        return Coordinator(processes.where(processes.FOLDER), processes.FOLDER / "user")
+        return Coordinator(processes.where(processes.FOLDER), processes.FOLDER / "user", patience=patience)
     identity = os.environ.get("HANSA_IDENTITY")
-    return Coordinator(where, Path(identity) if identity else None)
+    return Coordinator(where, Path(identity) if identity else None, patience=patience)
 
 
 def _follow(remote: Coordinator, run: str, out: Output, *, quiet: bool, after: int = 0) -> int:

@@ -83,6 +83,7 @@ __all__ = [
     "RunSummary",
     "Status",
     "export",
+    "locked",
     "new_run_directory",
     "runs",
 ]
@@ -638,7 +639,7 @@ class RunStore:
             last = connection.scalar(accuracy.order_by(_metrics.c.round.desc()).limit(1))
             best = connection.scalar(accuracy.order_by(_metrics.c.value.desc()).limit(1))
             algorithm = connection.scalar(select(_facts.c.value).where(_facts.c.name == "algorithm"))
-        if status == "running" and self._lock is None and not _locked(self.directory):
+        if status == "running" and self._lock is None and not locked(self.directory):
             status, error = "interrupted", "the process that ran it ended without a word"
         return RunSummary(
             id=self.directory.resolve().name,
@@ -882,7 +883,7 @@ class RunStore:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                time.sleep(0.02)  # a reader's look at the lock (see _locked) is over by then
+                time.sleep(0.02)  # a reader's look at the lock (see :func:`locked`) is over by then
             else:
                 self._lock = descriptor
                 return
@@ -915,7 +916,7 @@ def _engine(directory: Path, url: str | None) -> Engine:
     return engine
 
 
-def _locked(directory: Path) -> bool:
+def locked(directory: Path) -> bool:
     """Whether some process holds the run's lock."""
     try:
         descriptor = os.open(directory / "run.lock", os.O_RDONLY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ import grpc
 import structlog
 
 from hansa.core.errors import HansaError
+from hansa.core.questions import answer
 from hansa.core.store import Round, RunStore, RunSummary
 from hansa.core.wire import PIECE
 from hansa.core.wire import federation_pb2 as pb
@@ -103,6 +105,17 @@ class Control(ControlServicer):
             await _abort(context, Code.NOT_FOUND, f"{found.id}: it ended without a model")
         for offset in range(0, len(data), PIECE):
             await context.write(pb.Piece(offset=offset, data=data[offset : offset + PIECE]))
+
+    async def Ask(self, request: pb.Question, context: Context) -> pb.Answer:  # noqa: N802
+        """What a run's record answers."""
+        found = await self._any(request.run, context)
+        try:
+            told = await asyncio.to_thread(
+                answer, self._folder / found.id, request.name, request.arguments or "{}"
+            )
+        except HansaError as error:
+            await _abort(context, Code.INVALID_ARGUMENT, str(error))
+        return pb.Answer(json=json.dumps(told))
 
     async def Roster(self, request: pb.RosterRequest, context: Context) -> None:  # noqa: N802
         """The agents, by name, with their jobs in runs that the caller may see."""

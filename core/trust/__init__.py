@@ -13,6 +13,7 @@ from hansa.core.trust.channels import (
     explain,
     first_contact_credentials,
     insecure_channel,
+    is_loopback,
 )
 from hansa.core.trust.folder import Held, folder_lock, install, load, request
 from hansa.core.trust.identity import BACKDATE, LIFETIME, Identity, checked_name, utcnow
@@ -33,6 +34,7 @@ __all__ = [
     "folder_lock",
     "insecure_channel",
     "install",
+    "is_loopback",
     "load",
     "request",
     "utcnow",

@@ -67,7 +67,7 @@ def check_loopback(field: str, address: str) -> None:
     InputError
         For an address that other machines reach.
     """
-    if not _is_loopback(address):
+    if not is_loopback(address):
         raise InputError(
             field,
             address,
@@ -77,7 +77,8 @@ def check_loopback(field: str, address: str) -> None:
     _log.warning("INSECURE mode at %s: no encryption, no certificates, no roles", address)
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches ``host:port``."""
     if address.startswith("unix:"):
         return True
     host, _ = split(address)

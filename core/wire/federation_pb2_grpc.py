@@ -239,6 +239,11 @@ class ControlStub:
                 request_serializer=hansa_dot_core_dot_wire_dot_federation__pb2.ConditionRequest.SerializeToString,
                 response_deserializer=hansa_dot_core_dot_wire_dot_federation__pb2.ConditionReply.FromString,
                 _registered_method=True)
+        self.Ask = channel.unary_unary(
+                '/hansa.v1.Control/Ask',
+                request_serializer=hansa_dot_core_dot_wire_dot_federation__pb2.Question.SerializeToString,
+                response_deserializer=hansa_dot_core_dot_wire_dot_federation__pb2.Answer.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -297,6 +302,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ask(self, request, context):
+        """What a run's record answers to a question that hansa.core.questions knows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -339,6 +351,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Condition,
                     request_deserializer=hansa_dot_core_dot_wire_dot_federation__pb2.ConditionRequest.FromString,
                     response_serializer=hansa_dot_core_dot_wire_dot_federation__pb2.ConditionReply.SerializeToString,
+            ),
+            'Ask': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ask,
+                    request_deserializer=hansa_dot_core_dot_wire_dot_federation__pb2.Question.FromString,
+                    response_serializer=hansa_dot_core_dot_wire_dot_federation__pb2.Answer.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -558,6 +575,33 @@ class Control:
             '/hansa.v1.Control/Condition',
             hansa_dot_core_dot_wire_dot_federation__pb2.ConditionRequest.SerializeToString,
             hansa_dot_core_dot_wire_dot_federation__pb2.ConditionReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hansa.v1.Control/Ask',
+            hansa_dot_core_dot_wire_dot_federation__pb2.Question.SerializeToString,
+            hansa_dot_core_dot_wire_dot_federation__pb2.Answer.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,7 @@ RULES: Rules = {
     "/hansa.v1.Control/Stop": _STEERERS,
     "/hansa.v1.Control/Resume": _STEERERS,
     "/hansa.v1.Control/Model": _MODEL_READERS,
+    "/hansa.v1.Control/Ask": _READERS,
     "/hansa.v1.Control/Roster": _READERS,
     "/hansa.v1.Control/Condition": _WATCHERS,
     "/hansa.v1.Renewal/Renew": _EVERYONE,

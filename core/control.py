@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -14,17 +16,16 @@ from hansa.core.wire import OPTIONS
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import ControlStub
 
-_PATIENCE = 20.0  # seconds for a coordinator to answer
-
 
 class Coordinator:
     """A coordinator at ``host:port``, called with the certificate in the folder ``identity``, if given.
 
-    Every method raises :class:`~hansa.core.errors.HansaError` with the coordinator's own sentence.
+    It has ``patience`` seconds to answer. Every method raises :class:`~hansa.core.errors.HansaError` with the
+    coordinator's own sentence.
     """
 
-    def __init__(self, address: str, identity: Path | None = None) -> None:
-        self.address = address
+    def __init__(self, address: str, identity: Path | None = None, *, patience: float = 20.0) -> None:
+        self.address, self._patience = address, patience
         if identity is None:
             check_loopback("--on", address)
             self._channel = grpc.insecure_channel(address, options=OPTIONS)
@@ -43,7 +44,7 @@ class Coordinator:
         """Start a run of a recipe (TOML); the same ``key`` starts it once."""
         with self._explained():
             submission = pb.Submission(recipe=recipe, wait_for=wait_for, key=key)
-            status: pb.RunStatus = self._stub.Submit(submission, timeout=_PATIENCE, wait_for_ready=True)
+            status: pb.RunStatus = self._stub.Submit(submission, timeout=self._patience, wait_for_ready=True)
             return status
 
     def watch(self, run: str, after: int = 0) -> Iterator[pb.Happening]:
@@ -63,21 +64,29 @@ class Coordinator:
     def list(self) -> list[pb.RunStatus]:
         """All runs, the oldest first."""
         with self._explained():
-            return list(self._stub.List(pb.ListRequest(), timeout=_PATIENCE, wait_for_ready=True).runs)
+            return list(self._stub.List(pb.ListRequest(), timeout=self._patience, wait_for_ready=True).runs)
 
     def stop(self, run: str) -> pb.RunStatus:
         """Interrupt a run."""
         with self._explained():
-            status: pb.RunStatus = self._stub.Stop(pb.RunName(id=run), timeout=_PATIENCE, wait_for_ready=True)
+            status: pb.RunStatus = self._stub.Stop(
+                pb.RunName(id=run), timeout=self._patience, wait_for_ready=True
+            )
             return status
 
     def resume(self, run: str) -> pb.RunStatus:
         """Go on with an interrupted run."""
         with self._explained():
             status: pb.RunStatus = self._stub.Resume(
-                pb.RunName(id=run), timeout=_PATIENCE, wait_for_ready=True
+                pb.RunName(id=run), timeout=self._patience, wait_for_ready=True
             )
             return status
+
+    def ask(self, question: str, run: str, **arguments: Any) -> Any:
+        """What a run, or with an empty name the coordinator itself, answers (:mod:`hansa.core.questions`)."""
+        with self._explained():
+            put = pb.Question(run=run, name=question, arguments=json.dumps(arguments))
+            return json.loads(self._stub.Ask(put, timeout=self._patience, wait_for_ready=True).json)
 
     def model(self, run: str) -> bytes:
         """The final model of a run, or its newest, as safetensors."""
@@ -87,13 +96,13 @@ class Coordinator:
     def roster(self) -> tuple[pb.AgentStatus, ...]:
         """The agents that are here, and those that were since the coordinator started, by name."""
         with self._explained():
-            return tuple(self._stub.Roster(pb.RosterRequest(), timeout=_PATIENCE))
+            return tuple(self._stub.Roster(pb.RosterRequest(), timeout=self._patience))
 
     def condition(self, after: float = 0.0) -> pb.ConditionReply:
         """How the coordinator stands; samples later than ``after``, in seconds since 1970."""
         with self._explained():
             reply: pb.ConditionReply = self._stub.Condition(
-                pb.ConditionRequest(after=after), timeout=_PATIENCE
+                pb.ConditionRequest(after=after), timeout=self._patience
             )
             return reply
 

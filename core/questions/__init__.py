@@ -1,0 +1,24 @@
+"""What can be asked about a run, answered by its database: counts, curves, histograms, maps.
+
+A question is a function from a :class:`Record` and a few numbers to something that JSON can hold, small
+whatever the size of the run, for it is aggregated where the data is. So the same question is asked of a
+folder on this machine and, by its name, of a coordinator (``Control.Ask``).
+"""
+
+from __future__ import annotations
+
+from hansa.core.questions.record import Columns, Record, answer, asked, question
+from hansa.core.questions.rounds import curve, events, facts, metric_names, recipe
+
+__all__ = [
+    "Columns",
+    "Record",
+    "answer",
+    "asked",
+    "curve",
+    "events",
+    "facts",
+    "metric_names",
+    "question",
+    "recipe",
+]

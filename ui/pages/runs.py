@@ -1,0 +1,10 @@
+"""Runs."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+
+def page() -> None:
+    """Draw the page."""
+    st.title("Runs")

@@ -1,0 +1,37 @@
+"""What this process shows, and who may do what in it: told once, before the pages are served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hansa.ui.source import Source
+
+__all__ = ["Site", "configure", "site"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What is served.
+
+    Attributes
+    ----------
+    source: what is looked at.
+    """
+
+    source: Source
+
+
+_site: Site | None = None
+
+
+def configure(site: Site) -> None:
+    """Say what the pages of this process show."""
+    global _site
+    _site = site
+
+
+def site() -> Site:
+    """What the pages of this process show."""
+    if _site is None:
+        raise RuntimeError("the dashboard was started without a source; start it with `hansa ui`")
+    return _site
