@@ -18,13 +18,14 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from hansa.core.algorithm import Algorithm, Job, Report, State
-from hansa.core.reducer import Mean
+from hansa.core.reducer import Collect, Judgement, Mean
 from hansa.core.schedule import Aggregate, Dispatch, Event, Left, Recall, Returned, Schedule, Stop, Wake
 from hansa.core.sums import joined
 from hansa.core.task import Task
 from hansa.core.trees import Tree, concatenate, pick, put_under, row, squared_norm, take_under
 from hansa.core.weights import Ledger
 
+_SPECTRUM = 400  # peers of whom a spectrum is computed in every step in which others take part
 _SPARSE = 16  # one entry of a mixing matrix in so many, or fewer, is worth a sparse product
 
 
@@ -63,6 +64,7 @@ class Hub:
     Attributes
     ----------
     state: the algorithm's state.
+    judged: the reports of the last step, and what a robust rule made of their updates, where one did.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Hub:
         self._folding: tuple[Report, ...] = ()
         self._acc: Any = None
         self._squares = 0.0  # Σ ‖u_i‖² of the step, where the schedule measures
+        self.judged: tuple[tuple[Report, ...], Judgement] | None = None
         self._ledger = Ledger(algorithm.weights, clients) if algorithm.weights.absolute else None
 
     def _first_state(self, clients: int) -> State:
@@ -204,6 +207,7 @@ class Hub:
 
         A step without updates, or of nothing but updates that are too old to count, only counts.
         """
+        self.judged = None
         phase = self._folding[0].phase if self._folding else ""
         last = phase == self.algorithm.phases[-1]
         mass = self.algorithm.weights.mass(self._folding) if last else 1.0
@@ -211,7 +215,12 @@ class Hub:
             self._advance(self.state)
             self._folding, self._acc = (), None
             return {}
-        reduced = self.algorithm.fold(phase).result(self._acc)
+        reducer = self.algorithm.fold(phase)
+        if isinstance(reducer, Collect):
+            reduced, judgement = reducer.judged(self._acc)
+            self.judged = None if judgement is None else (self._folding, judgement)
+        else:
+            reduced = reducer.result(self._acc)
         measured = self._measured(reduced) if last and self.schedule.measures else {}
         if mass != 1:
             reduced = self.algorithm.stretch(self.task, reduced, mass)
@@ -319,6 +328,7 @@ class PeerHub(Hub):
         self._edges = torch.nonzero((self.mixing - torch.diag(self.mixing.diag())).abs() > 0).T  # [2, edges]
         self._neighbours: list[int] = torch.bincount(self._edges[0], minlength=len(self.mixing)).tolist()
         self._changes: list[Tree] = []
+        self._gap: tuple[list[int], float] | None = None  # of the last peers who took part
         super().__init__(task, algorithm, schedule, clients=clients, seed=seed)
 
     def _first_state(self, clients: int) -> State:
@@ -356,7 +366,11 @@ class PeerHub(Hub):
         return W if len(values) * _SPARSE < n * n else W.to_dense()
 
     def close(self) -> dict[str, float]:
-        """Mix. Measures ``gossip/consensus``: the mean squared distance of the peers to their average."""
+        """Mix.
+
+        Measures ``gossip/consensus``, the mean squared distance of the peers to their average, and
+        ``gossip/gap``, the spectral gap of the mixing among those who took part, if they are not too many.
+        """
         if not self._folding:
             self._advance(self.state)
             return {}
@@ -379,7 +393,17 @@ class PeerHub(Hub):
 
         self._advance(dataclasses.replace(self.state, params=torch.vmap(settle)(before, update)))
         self._folding, self._acc = (), None
-        return {"gossip/consensus": self.consensus_distance()}
+        measured = {"gossip/consensus": self.consensus_distance()}
+        if len(there) <= _SPECTRUM:
+            measured["gossip/gap"] = self._gap_among(there, W)
+        return measured
+
+    def _gap_among(self, there: Tensor, W: Tensor) -> float:
+        peers = sorted(there.tolist())
+        if self._gap is None or self._gap[0] != peers:
+            dense = (W.to_dense() if W.is_sparse else W).cpu()
+            self._gap = peers, spectral_gap(dense[peers][:, peers])
+        return self._gap[1]
 
     def consensus_distance(self) -> float:
         """``(1/n) Σ_i ‖x_i − x̄‖²`` over the shared floating-point tensors."""
@@ -397,3 +421,11 @@ class PeerHub(Hub):
     def traffic(self, size: int, client: int) -> int:
         """As much to each neighbour, in each mixing step."""
         return size * self._neighbours[client] * self.mixing_steps
+
+
+def spectral_gap(W: Tensor) -> float:
+    """``1 − max(|λ₂|, |λ_n|)`` of a symmetric doubly stochastic matrix; 0 where the graph falls apart."""
+    if len(W) < 2:
+        return 1.0
+    eigenvalues = torch.linalg.eigvalsh(W).abs().sort(descending=True).values
+    return float((1.0 - eigenvalues[1]).clamp_min(0))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -113,6 +113,29 @@ class RobustRule(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What a robust rule made of every update that it saw, in their order.
+
+    Parameters
+    ----------
+    distances: [n], Euclidean, from each update to the verdict; infinite for those that are not finite.
+    shares: [n], weight of each update in the verdict; None where the rule decides every number by itself.
+    """
+
+    distances: Tensor
+    shares: Tensor | None
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """A rule that tells what it thinks of the updates."""
+
+    def judge(self, updates: Tensor) -> tuple[Tensor, Judgement]:
+        """The verdict, [n, d] -> [d], and what it makes of each update."""
+        ...
+
+
 @dataclass(frozen=True)
 class Collect(Keep):
     """Hand a robust rule all updates as one matrix [n, d]. Weights are set aside: one client, one vote."""
@@ -125,4 +148,13 @@ class Collect(Keep):
 
     def result(self, acc: tuple[Tree, ...]) -> Tree:
         """The rule's verdict."""
-        return unflatten(self.rule(flatten(*acc)), {name: each[0] for name, each in acc[0].items()})
+        return self.judged(acc)[0]
+
+    def judged(self, acc: tuple[Tree, ...]) -> tuple[Tree, Judgement | None]:
+        """The rule's verdict, and what it makes of the updates if it tells."""
+        updates = flatten(*acc)
+        if isinstance(self.rule, Judge):
+            verdict, judgement = self.rule.judge(updates)
+        else:
+            verdict, judgement = self.rule(updates), None
+        return unflatten(verdict, {name: each[0] for name, each in acc[0].items()}), judgement

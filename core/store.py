@@ -4,7 +4,7 @@
 
     <runs>/<run id>/
       ├─ recipe.toml         the recipe as it was run
-      ├─ run.db              rounds, metrics, jobs, clients' scores, events (this module)
+      ├─ run.db              rounds, metrics, jobs, clients' scores, verdicts, events (this module)
       ├─ run.lock            held by the one process that writes
       ├─ checkpoints/        what the run is resumed from
       ├─ model.safetensors   the model it ended with
@@ -35,7 +35,7 @@ from datetime import UTC, datetime
 from math import isfinite, isnan, nan
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -70,6 +70,10 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from hansa.core.errors import InputError, RunError
 
+if TYPE_CHECKING:  # torch is not needed to read
+    from hansa.core.algorithm import Report
+    from hansa.core.reducer import Judgement
+
 __all__ = [
     "HEADLINE",
     "ClientScores",
@@ -82,13 +86,15 @@ __all__ = [
     "RunStore",
     "RunSummary",
     "Status",
+    "Verdicts",
     "export",
     "locked",
     "new_run_directory",
     "runs",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_ADDED = {"verdicts": 2, "edges": 2}  # tables that the first schema had not
 HEADLINE = "accuracy"
 """Name of the metric that a run is judged by, a share between 0 and 1."""
 
@@ -150,6 +156,45 @@ class ClientScores:
     loss: NDArray[np.float64]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Verdicts:
+    """What a robust rule made of the updates of one round, in their order; all arrays have shape [n].
+
+    Attributes
+    ----------
+    client:
+        Whose update it was.
+    distance:
+        From the update to what the rule made of all; NaN for one that is not finite.
+    relative:
+        The same in units of the round's median: 1 is as far as usual.
+    weight:
+        In the result, in units of a plain mean's: 0 is left out, 1 is a vote like any; NaN where the rule
+        decides every number by itself.
+    """
+
+    client: NDArray[np.int64]
+    distance: NDArray[np.float64]
+    relative: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, judged: tuple[Sequence[Report], Judgement] | None) -> Verdicts | None:
+        """From what a hub says of its last step."""
+        if judged is None:
+            return None
+        reports, judgement = judged
+        distance = judgement.distances.cpu().double().numpy()
+        distance = np.where(np.isfinite(distance), distance, nan)
+        usual = np.nanmedian(distance) if np.isfinite(distance).any() else nan
+        relative = distance / usual if usual > 0 else np.where(np.isnan(distance), nan, 1.0)
+        weight = np.full(len(reports), nan)
+        if judgement.shares is not None:
+            weight = judgement.shares.cpu().double().numpy() * len(reports)
+        client = np.array([report.client for report in reports], np.int64)
+        return cls(client=client, distance=distance, relative=relative, weight=weight)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
     """One server step (aggregate), in figures.
@@ -176,10 +221,11 @@ class RoundRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Round(RoundRow):
-    """A :class:`RoundRow` with the jobs that made it and, where it was evaluated, the clients' scores."""
+    """A :class:`RoundRow` with the jobs that made it and, where they are, clients' scores and verdicts."""
 
     participants: Sequence[Participation] = ()
     clients: ClientScores | None = None
+    verdicts: Verdicts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +381,27 @@ _client_scores = Table(
     Column("loss", _Array, nullable=False),
 )
 
+_verdicts = Table(
+    "verdicts",
+    _metadata,
+    Column("round", Integer, primary_key=True, autoincrement=False),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("client", BigInteger, nullable=False),
+    Column("distance", Double),
+    Column("relative", Double),
+    Column("weight", Double),
+    sqlite_with_rowid=False,
+)
+
+_links = Table(
+    "edges",
+    _metadata,
+    Column("a", Integer, primary_key=True, autoincrement=False),  # the smaller of the two
+    Column("b", Integer, primary_key=True, autoincrement=False),
+    Column("weight", Double, nullable=False),
+    sqlite_with_rowid=False,
+)
+
 _events = Table(
     "events",
     _metadata,
@@ -374,6 +441,7 @@ class RunStore:
         self.directory = directory
         self._engine = engine
         self._lock: int | None = None
+        self._version = SCHEMA_VERSION
 
     @classmethod
     def create(
@@ -471,7 +539,9 @@ class RunStore:
                         f"{directory}: was written by a newer Hansa (schema {version}, this one reads up to "
                         f"{SCHEMA_VERSION}); update hansa to read it"
                     )
-                missing = sorted(set(_metadata.tables) - present)
+                store._version = version or SCHEMA_VERSION
+                expected = {name for name in _metadata.tables if _ADDED.get(name, 1) <= store._version}
+                missing = sorted(expected - present)
                 if missing:
                     raise _damaged(directory, f"no table {', '.join(missing)}")
                 if version is None or connection.execute(select(_run.c.seed)).first() is None:
@@ -565,6 +635,23 @@ class RunStore:
                         "loss": np.asarray(round.clients.loss, np.float64),
                     },
                 )
+            if round.verdicts is not None and len(round.verdicts.client):
+                each = round.verdicts
+                rows = zip(each.client, each.distance, each.relative, each.weight, strict=True)
+                connection.execute(
+                    insert(_verdicts),
+                    [
+                        {
+                            "round": index,
+                            "position": position,
+                            "client": int(client),
+                            "distance": _nullable(distance),
+                            "relative": _nullable(relative),
+                            "weight": _nullable(weight),
+                        }
+                        for position, (client, distance, relative, weight) in enumerate(rows)
+                    ],
+                )
 
     def event(self, time: float, kind: str, text: str, client: int | None = None) -> None:
         """Record that something of ``kind`` happened at ``time`` seconds, to ``client`` if to one."""
@@ -585,6 +672,15 @@ class RunStore:
                 {"counts": np.asarray(counts, np.int64), "classes": json.dumps(list(classes))},
             )
 
+    def topology(self, mixing: NDArray[np.float64]) -> None:
+        """Record who talks to whom, by a symmetric mixing matrix [n, n]; replaces what was recorded."""
+        a, b = np.nonzero(np.triu(mixing, 1))
+        with self._writing() as connection:
+            connection.execute(delete(_links))
+            if len(a):
+                rows = zip(a.tolist(), b.tolist(), mixing[a, b].tolist(), strict=True)
+                connection.execute(insert(_links), [{"a": i, "b": j, "weight": w} for i, j, w in rows])
+
     def truncate(self, index: int) -> None:
         """Forget the rounds after ``index`` and the events after its time; the run counts as running.
 
@@ -597,7 +693,7 @@ class RunStore:
             kept = connection.scalar(select(func.max(_rounds.c.time)).where(_rounds.c.round <= index))
             forgotten = delete(_events)
             connection.execute(forgotten if kept is None else forgotten.where(_events.c.time > kept))
-            for table in (_rounds, _metrics, _participations, _client_scores):
+            for table in (_rounds, _metrics, _participations, _client_scores, _verdicts):
                 connection.execute(delete(table).where(table.c.round > index))
 
     def finish(self, status: Literal["finished", "interrupted", "failed"], error: str | None = None) -> None:
@@ -868,7 +964,11 @@ class RunStore:
         self._acquire()
         try:
             with self._engine.begin() as connection:
+                if self._version < SCHEMA_VERSION:
+                    connection.execute(update(_schema).values(version=SCHEMA_VERSION))
+                    _metadata.create_all(connection)
                 yield connection
+            self._version = SCHEMA_VERSION
         except SQLAlchemyError as error:
             raise _unwritable(self.directory, error) from error
 

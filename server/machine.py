@@ -20,7 +20,7 @@ from hansa.core.errors import InputError, RunError
 from hansa.core.hub import Fold, Hub, Order, Send
 from hansa.core.randomness import ALONE
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
-from hansa.core.store import ClientScores, Outcome, Participation, Round
+from hansa.core.store import ClientScores, Outcome, Participation, Round, Verdicts
 from hansa.core.trees import Tree, nbytes
 from hansa.core.wire.federation_pb2 import TensorInfo
 from hansa.core.wire.tensors import Packed, describe, pack
@@ -312,6 +312,7 @@ class Machine:
                 metrics=metrics,
                 participants=tuple(self._participants),
                 clients=clients,
+                verdicts=Verdicts.of(self.hub.judged),
             )
         )
         self._up = self._down = 0

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 import hansa
 from hansa.core.errors import HansaError, InputError, Interrupted, RunError
+from hansa.core.hub import PeerHub
 from hansa.core.recipe import Recipe, override, parse
 from hansa.core.store import Round, RunStore, new_run_directory
 from hansa.simulation.catalog import World, require_attackers, resolved, world
@@ -181,6 +182,8 @@ def _started(directory: Path, federation: Federation, around: World, workers: Wo
         with suppress(OSError):
             directory.rmdir()  # only if nothing is in it yet
         raise
+    if isinstance(run.simulator.hub, PeerHub):
+        store.topology(run.simulator.hub.mixing.cpu().numpy())
     counts = federation.data.counts()
     if counts is None:
         store.partition(federation.data.train_shards.sizes.numpy())

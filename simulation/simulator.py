@@ -22,7 +22,7 @@ from hansa.core.algorithm import Job, Report
 from hansa.core.errors import InputError, Interrupted
 from hansa.core.hub import Fold, Hub, Order, PeerHub, Send
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
-from hansa.core.store import Outcome, Participation, Round
+from hansa.core.store import Outcome, Participation, Round, Verdicts
 from hansa.core.trees import Tree, flatten, put_under, take_under, unflatten
 from hansa.simulation import checkpoint
 from hansa.simulation.attacks import Attack
@@ -457,6 +457,7 @@ class Simulator:
             metrics=metrics,
             participants=tuple(self._participants),
             clients=clients,
+            verdicts=Verdicts.of(self.hub.judged),
         )
         self._bytes_up = self._bytes_down = 0
         self._participants = []

@@ -13,6 +13,7 @@ mixtures of neighbours (``nnm``) in place of the updates. Mixtures are never sto
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from hansa.core.errors import InputError
-from hansa.strategies.columns import Block, by_column, namespace, sorted_columns
+from hansa.core.reducer import Judgement
+from hansa.strategies.columns import Block, by_column, namespace, over_columns, sorted_columns
 from hansa.strategies.gram import Gram, combine, gram, mix, nearest_neighbours
 
 
@@ -54,6 +56,10 @@ class _Rule(ABC):
     def __call__(self, updates: Tensor) -> Tensor:
         """[n, d] -> [d]."""
 
+    @abstractmethod
+    def judge(self, updates: Tensor) -> tuple[Tensor, Judgement]:
+        """The verdict, [n, d] -> [d], and what it makes of each update, unmixed."""
+
 
 class GramRule(_Rule):
     """A rule whose verdict is a weighted sum, with weights that hang on distances only."""
@@ -64,11 +70,18 @@ class GramRule(_Rule):
 
     def __call__(self, updates: Tensor) -> Tensor:
         """[n, d] -> [d]."""
+        return self.judge(updates)[0]
+
+    def judge(self, updates: Tensor) -> tuple[Tensor, Judgement]:
+        """The verdict, [n, d] -> [d], and what it makes of each update; the Gram matrix has it already."""
         found = gram(updates)
         if self.nnm is None:
-            return combine(self.weights(found), updates)
-        mixing = nearest_neighbours(found, self.nnm)
-        return combine(self.weights(found.mixed(mixing)) @ mixing, updates)
+            weights = self.weights(found)
+        else:
+            mixing = nearest_neighbours(found, self.nnm)
+            weights = self.weights(found.mixed(mixing)) @ mixing
+        point = torch.cat([weights, 1 - weights.sum(0, keepdim=True)])  # the rest is the origin's
+        return combine(weights, updates), Judgement(found.distances_from(point).sqrt(), weights)
 
 
 class ColumnRule(_Rule):
@@ -80,11 +93,31 @@ class ColumnRule(_Rule):
 
     def __call__(self, updates: Tensor) -> Tensor:
         """[n, d] -> [d]."""
+        seen = self._seen(updates)
+        return by_column(lambda block: self.columns(seen(block)), updates)
+
+    def judge(self, updates: Tensor) -> tuple[Tensor, Judgement]:
+        """The verdict, [n, d] -> [d], and how far each update is from it."""
+        seen = self._seen(updates)
+
+        def decide(block: Block) -> tuple[Block, Block]:
+            verdict = self.columns(seen(block))
+            return verdict, ((block - verdict) ** 2).sum(1)
+
+        squares = torch.zeros(len(updates), dtype=torch.float64)
+        verdicts = []
+        for verdict, part in over_columns(decide, updates):
+            verdicts.append(torch.as_tensor(verdict, device=updates.device))
+            squares += torch.as_tensor(part, device="cpu")
+        distances = squares.sqrt().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        return torch.cat(verdicts), Judgement(distances, None)
+
+    def _seen(self, updates: Tensor) -> Callable[[Block], Block]:
+        """What the rule sees of a block [n, c]."""
         if self.nnm is None:
-            return by_column(self.columns, updates)
+            return lambda block: block
         found = gram(updates)
-        mixed = mix(nearest_neighbours(found, self.nnm), found.finite, updates)
-        return by_column(lambda block: self.columns(mixed(block)), updates)
+        return mix(nearest_neighbours(found, self.nnm), found.finite, updates)
 
 
 @dataclass(frozen=True, kw_only=True)

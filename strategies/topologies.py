@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from hansa.core.errors import InputError
+from hansa.core.hub import spectral_gap
+
+__all__ = ["Kind", "Topology", "spectral_gap"]
 
 Kind = Literal["ring", "torus", "exponential", "regular", "complete"]
 
@@ -94,9 +97,3 @@ class Topology:
         W = torch.zeros(peers, peers, dtype=torch.float64)
         W[i, j] = W[j, i] = 1.0 / (1 + torch.maximum(degrees[i], degrees[j]))
         return W + torch.diag(1.0 - W.sum(1))
-
-
-def spectral_gap(W: Tensor) -> float:
-    """``1 − max(|λ₂|, |λ_n|)`` of a symmetric doubly stochastic matrix."""
-    eigenvalues = torch.linalg.eigvalsh(W).abs().sort(descending=True).values
-    return float(1.0 - eigenvalues[1])

@@ -339,6 +339,13 @@ def test_more_exchanges_bring_peers_closer(quadratic: Quadratic) -> None:
     assert distance(4) < distance(1) / 10
 
 
+def test_peers_without_a_path_between_them_have_no_gap() -> None:
+    ring = Topology(kind="ring").mixing(6)
+    path = ring[:3, :3] + torch.diag(torch.tensor([1 / 3, 0, 1 / 3]))  # whose ends keep what they would send
+    assert spectral_gap(path) == pytest.approx(1 / 3)  # eigenvalues 1, 2/3, 0
+    assert spectral_gap(torch.eye(2)) == 0.0
+
+
 def test_peers_lost_in_a_round_do_not_shift_the_others(quadratic: Quadratic) -> None:
     """All minima agree: with clients dropping out all the time, the network still finds it."""
     federation = quadratic(

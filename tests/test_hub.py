@@ -304,7 +304,8 @@ def test_peers_mix_their_trained_models_with_their_neighbours(quadratic: Build) 
     assert [hub.params_for(i)["w"].tolist() for i in range(3)] == mixed
     assert hub.model()["w"].tolist() == pytest.approx([4 / 3, 10 / 3])  # mixing keeps the average
     # Mean squared distances to it: (4/9 + 4/9 + 16/9 + 4/9 + 49/9 + 25/9) / 3.
-    assert measured == {"gossip/consensus": pytest.approx(102 / 27)}
+    # The matrix has the eigenvalues 1, ½ and −½.
+    assert measured == {"gossip/consensus": pytest.approx(102 / 27), "gossip/gap": pytest.approx(0.5)}
     following = sends(hub.on(Aggregated(), 1.0))
     assert [
         (each.client, each.job.payload["w"].tolist()) for each in sorted(following, key=lambda s: s.client)
@@ -334,8 +335,9 @@ def test_a_peer_that_did_not_return_keeps_its_model_and_takes_no_part(quadratic:
     fold = last_fold(hub.on(Tick(1), 6.0))
     assert [each.client for each in fold.reports] == [0, 1]
     hub.fold(fold.reports, w([1, 0], [-1, 2]), {})
-    hub.close()
+    measured = hub.close()
     # The weight between 1 and 2 goes back to their diagonals: [[½, ½], [½, ½]] mixes 0 and 1.
+    assert measured["gossip/gap"] == pytest.approx(1)
     assert models(hub) == [[1.5, 3.25], [1.5, 3.25], first[2]]
 
 

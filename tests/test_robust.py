@@ -199,6 +199,26 @@ def test_order_of_clients_does_not_matter(rule: RobustRule) -> None:
 
 
 @every_rule
+def test_rules_tell_how_far_every_update_is_from_the_verdict(rule: GramRule | ColumnRule) -> None:
+    x = updates(11, 70)
+    x[4] += 30  # far away
+    x[7, 3] = torch.nan
+    verdict, told = rule.judge(x)
+    assert torch.equal(verdict, rule(x))
+    finite = torch.arange(11) != 7
+    torch.testing.assert_close(
+        told.distances[finite], (x[finite] - verdict).norm(dim=1), rtol=1e-6, atol=1e-6
+    )
+    assert told.distances[7] == torch.inf
+    if isinstance(rule, GramRule):
+        assert told.shares is not None
+        assert told.shares[7] == 0
+        torch.testing.assert_close(told.shares[finite] @ x[finite], verdict, rtol=1e-6, atol=1e-6)
+    else:
+        assert told.shares is None
+
+
+@every_rule
 def test_rules_move_with_their_updates(rule: RobustRule) -> None:
     x, shift, there = updates(9, 6), updates(1, 6, seed=1), rule
     if isinstance(rule, CentredClipping):  # to the end, where it does not matter that it starts from zero

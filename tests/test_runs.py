@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +384,33 @@ def test_malicious_peers_of_a_gossip_network_send_the_flipped_change() -> None:
         expected = before + torch.stack(sent).mean(0)
         for client in range(3):
             torch.testing.assert_close(attacked.hub.params_for(client)[name], expected)
+
+
+def test_a_robust_run_records_whose_updates_it_left_out(tmp_path: Path) -> None:
+    made = recipe(
+        partition={"kind": "iid", "clients": 10},
+        schedule={"name": "rounds", "cohort": 10},
+        aggregation={"rule": "multikrum", "f": 3},
+        attack={"name": "sign_flip", "fraction": 0.3, "scale": 10.0},
+        stop={"rounds": 3},
+    )
+    run = start(made, tmp_path)
+    run.go()
+    attack = world(resolved(made)).attack
+    assert attack is not None
+    liars = attack.malicious(10, made.seed)
+    with closing(sqlite3.connect(run.directory / "run.db")) as connection:
+        seen = connection.execute("SELECT round, client, relative, weight FROM verdicts").fetchall()
+    assert len(seen) == 3 * 10
+    assert {client for _, client, _, weight in seen if weight == 0} == liars
+    assert all(weight == pytest.approx(10 / 7) for _, client, _, weight in seen if client not in liars)
+    assert min(far for _, client, far, _ in seen if client in liars) > 1
+
+
+def test_a_gossip_run_records_who_talks_to_whom(tmp_path: Path) -> None:
+    run = start(recipe(topology={"kind": "ring"}, stop={"rounds": 2}), tmp_path)
+    run.go()
+    with closing(sqlite3.connect(run.directory / "run.db")) as connection:
+        edges = connection.execute("SELECT a, b, weight FROM edges").fetchall()
+    assert [(a, b) for a, b, _ in edges] == [(0, 1), (0, 5), (1, 2), (2, 3), (3, 4), (4, 5)]
+    assert [weight for *_, weight in edges] == pytest.approx([1 / 3] * 6)

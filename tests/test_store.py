@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
 from hansa.core import store as module
+from hansa.core.algorithm import Report
 from hansa.core.errors import InputError, RunError
+from hansa.core.reducer import Judgement
 from hansa.core.store import (
     ClientScores,
     Event,
@@ -27,6 +31,7 @@ from hansa.core.store import (
     Round,
     RoundRow,
     RunStore,
+    Verdicts,
     export,
     new_run_directory,
     runs,
@@ -409,10 +414,90 @@ def test_a_damaged_or_newer_database(tmp_path: Path, statement: str, message: st
 
 def test_a_newer_database_with_other_tables_is_called_newer(tmp_path: Path) -> None:
     create(tmp_path).close()
-    damage(tmp_path, "UPDATE schema_version SET version = 2")
+    damage(tmp_path, f"UPDATE schema_version SET version = {module.SCHEMA_VERSION + 1}")
     damage(tmp_path, "DROP TABLE metrics")
     with pytest.raises(RunError, match="newer Hansa"):
         RunStore.open(tmp_path)
+
+
+def test_an_older_database_is_read_as_it_is_and_brought_up_to_date_when_written(tmp_path: Path) -> None:
+    with create(tmp_path) as store:
+        store.append(round_(1, job(0)))
+    damage(tmp_path, "UPDATE schema_version SET version = 1")
+    damage(tmp_path, "DROP TABLE verdicts")
+    damage(tmp_path, "DROP TABLE edges")
+
+    def version() -> int:
+        with closing(sqlite3.connect(tmp_path / "run.db")) as connection:
+            found: int = connection.execute("SELECT version FROM schema_version").fetchone()[0]
+            return found
+
+    with RunStore.open(tmp_path) as store:
+        assert store.summary().rounds == 1
+        assert version() == 1  # nothing is written by looking
+        store.append(dataclasses.replace(round_(2, job(0)), verdicts=VERDICTS))
+    assert version() == module.SCHEMA_VERSION
+    assert [row[:3] for row in table(tmp_path, "verdicts")] == [(2, 0, 5), (2, 1, 3), (2, 2, 8)]
+
+
+VERDICTS = Verdicts(
+    client=np.array([5, 3, 8]),
+    distance=np.array([1.0, 3.0, nan]),
+    relative=np.array([0.5, 1.5, nan]),
+    weight=np.array([1.5, 1.5, 0.0]),
+)
+
+
+def table(directory: Path, name: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(directory / "run.db")) as connection:
+        return connection.execute(f"SELECT * FROM {name}").fetchall()
+
+
+def test_verdicts_stand_by_round_and_are_forgotten_with_it(tmp_path: Path) -> None:
+    with create(tmp_path) as store:
+        for index in (1, 2):
+            store.append(dataclasses.replace(round_(index), verdicts=VERDICTS))
+        store.truncate(1)
+    assert table(tmp_path, "verdicts") == [
+        (1, 0, 5, 1.0, 0.5, 1.5),
+        (1, 1, 3, 3.0, 1.5, 1.5),
+        (1, 2, 8, None, None, 0.0),
+    ]
+
+
+def test_verdicts_are_in_units_of_the_round() -> None:
+    reports = [
+        Report(
+            client=client,
+            number=0,
+            phase="train",
+            examples=1,
+            steps=1,
+            staleness=0,
+            dispatched=0.0,
+            returned=1.0,
+        )
+        for client in (7, 2, 4)
+    ]
+    distances = torch.tensor([2.0, 8.0, inf])
+    made = Verdicts.of((reports, Judgement(distances, torch.tensor([0.5, 0.5, 0.0]))))
+    assert made is not None
+    assert made.client.tolist() == [7, 2, 4]
+    np.testing.assert_array_equal(made.relative, [0.4, 1.6, nan])  # of the median of 2 and 8
+    assert made.weight.tolist() == [1.5, 1.5, 0.0]
+    column = Verdicts.of((reports, Judgement(torch.zeros(3), None)))
+    assert column is not None
+    assert column.relative.tolist() == [1.0, 1.0, 1.0]
+    assert np.isnan(column.weight).all()
+    assert Verdicts.of(None) is None
+
+
+def test_a_topology_is_its_edges(tmp_path: Path) -> None:
+    ring = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])
+    with create(tmp_path) as store:
+        store.topology(np.eye(3))
+        store.topology(ring)
+    assert table(tmp_path, "edges") == [(0, 1, 0.25), (0, 2, 0.25), (1, 2, 0.25)]
 
 
 def test_a_truncated_file_fails_where_it_is_read(tmp_path: Path) -> None:
