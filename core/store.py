@@ -4,7 +4,7 @@
 
     <runs>/<run id>/
       ├─ recipe.toml         the recipe as it was run
-      ├─ run.db              rounds, metrics, jobs, clients' scores, verdicts, events (this module)
+      ├─ run.db              rounds, metrics, jobs, scores, verdicts, movement, events (this module)
       ├─ run.lock            held by the one process that writes
       ├─ checkpoints/        what the run is resumed from
       ├─ model.safetensors   the model it ended with
@@ -23,14 +23,15 @@ import fcntl
 import io
 import json
 import os
+import platform
 import re
 import secrets
 import time
 import tomllib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import isfinite, isnan, nan
 from pathlib import Path
@@ -76,6 +77,7 @@ if TYPE_CHECKING:  # torch is not needed to read
 
 __all__ = [
     "HEADLINE",
+    "SPREAD",
     "ClientScores",
     "Event",
     "Outcome",
@@ -91,12 +93,24 @@ __all__ = [
     "locked",
     "new_run_directory",
     "runs",
+    "spread",
+    "writer",
 ]
 
-SCHEMA_VERSION = 2
-_ADDED = {"verdicts": 2, "edges": 2}  # tables that the first schema had not
+SCHEMA_VERSION = 3
+_ADDED = {  # tables that the first schema had not
+    "verdicts": 2,
+    "edges": 2,
+    "spreads": 3,
+    "layer_names": 3,
+    "movements": 3,
+    "tuned": 3,
+}
 HEADLINE = "accuracy"
 """Name of the metric that a run is judged by, a share between 0 and 1."""
+
+SPREAD = ("worst", "q1", "median", "q3", "best", "deviation", "jain")
+"""How clients' accuracies lie in a round: least, quartiles, greatest, standard deviation, Jain's index."""
 
 Outcome = Literal["folded", "discarded", "lost"]
 Status = Literal["running", "finished", "interrupted", "failed", "unreadable"]
@@ -117,11 +131,14 @@ class Participation:
     weight:
         Weight of the update in the aggregate, before normalisation.
     dispatched, returned:
-        Seconds on the run's clock (virtual or wall).
+        Seconds on the run's clock (virtual or wall). Between the return and the time of its round, an update
+        waited for the others.
     loss:
         The client's mean training loss, where it told one.
     outcome:
         Whether the update was folded into the model, discarded (too late, refused), or lost on the way.
+    layers:
+        Names of the tensors that the client was asked to change, where it was not all of them.
     """
 
     client: int
@@ -134,6 +151,7 @@ class Participation:
     returned: float
     loss: float | None
     outcome: Outcome
+    layers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -221,11 +239,16 @@ class RoundRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Round(RoundRow):
-    """A :class:`RoundRow` with the jobs that made it and, where they are, clients' scores and verdicts."""
+    """A :class:`RoundRow` with the jobs that made it and, where they are, clients' scores and verdicts.
+
+    ``movement`` says of tensors of the model how far the step moved them, and how large they were before (L2
+    norms).
+    """
 
     participants: Sequence[Participation] = ()
     clients: ClientScores | None = None
     verdicts: Verdicts | None = None
+    movement: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,6 +425,37 @@ _links = Table(
     sqlite_with_rowid=False,
 )
 
+_spreads = Table(
+    "spreads",
+    _metadata,
+    Column("round", Integer, primary_key=True, autoincrement=False),
+    *(Column(name, Double) for name in SPREAD),
+)
+
+_layer_names = Table(
+    "layer_names",
+    _metadata,
+    Column("layer", Integer, primary_key=True, autoincrement=False),  # in the model's order
+    Column("name", Text, nullable=False, unique=True),
+)
+
+_movements = Table(
+    "movements",
+    _metadata,
+    Column("round", Integer, primary_key=True, autoincrement=False),
+    Column("moved", LargeBinary, nullable=False),  # float32, little-endian, by layer
+    Column("size", LargeBinary, nullable=False),
+)
+
+_tuned = Table(
+    "tuned",
+    _metadata,
+    Column("round", Integer, primary_key=True, autoincrement=False),
+    Column("position", Integer, primary_key=True, autoincrement=False),  # as in participations
+    Column("layer", Integer, primary_key=True, autoincrement=False),
+    Column("client", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
 _events = Table(
     "events",
     _metadata,
@@ -442,6 +496,7 @@ class RunStore:
         self._engine = engine
         self._lock: int | None = None
         self._version = SCHEMA_VERSION
+        self._layers: dict[str, int] = {}
 
     @classmethod
     def create(
@@ -635,6 +690,10 @@ class RunStore:
                         "loss": np.asarray(round.clients.loss, np.float64),
                     },
                 )
+                _keep_spread(connection, index, round.clients.accuracy)
+            if round.movement:
+                self._keep_movement(connection, index, round.movement)
+            self._keep_tuned(connection, index, round.participants)
             if round.verdicts is not None and len(round.verdicts.client):
                 each = round.verdicts
                 rows = zip(each.client, each.distance, each.relative, each.weight, strict=True)
@@ -652,6 +711,45 @@ class RunStore:
                         for position, (client, distance, relative, weight) in enumerate(rows)
                     ],
                 )
+
+    def _layer_numbers(self, connection: Connection, names: Iterable[str]) -> dict[str, int]:
+        """Numbers of the model's tensors; new ones are entered in their order."""
+        new = [name for name in dict.fromkeys(names) if name not in self._layers]
+        if new:
+            rows = connection.execute(select(_layer_names.c.name, _layer_names.c.layer))
+            self._layers = dict(rows.all())
+            new = [name for name in new if name not in self._layers]
+        if new:
+            added = {name: len(self._layers) + i for i, name in enumerate(new)}
+            connection.execute(
+                insert(_layer_names), [{"layer": i, "name": name} for name, i in added.items()]
+            )
+            self._layers |= added
+        return self._layers
+
+    def _keep_movement(
+        self, connection: Connection, index: int, movement: Mapping[str, tuple[float, float]]
+    ) -> None:
+        numbers = self._layer_numbers(connection, movement)
+        values = np.full((2, len(numbers)), nan, "<f4")
+        values[:, [numbers[name] for name in movement]] = np.array(list(movement.values())).T
+        connection.execute(
+            insert(_movements), {"round": index, "moved": values[0].tobytes(), "size": values[1].tobytes()}
+        )
+
+    def _keep_tuned(self, connection: Connection, index: int, jobs: Sequence[Participation]) -> None:
+        chosen = [(i, job, job.layers) for i, job in enumerate(jobs) if job.layers]
+        if not chosen:
+            return
+        numbers = self._layer_numbers(connection, (name for *_, layers in chosen for name in layers))
+        connection.execute(
+            insert(_tuned),
+            [
+                {"round": index, "position": i, "layer": numbers[name], "client": int(job.client)}
+                for i, job, layers in chosen
+                for name in layers
+            ],
+        )
 
     def event(self, time: float, kind: str, text: str, client: int | None = None) -> None:
         """Record that something of ``kind`` happened at ``time`` seconds, to ``client`` if to one."""
@@ -693,7 +791,16 @@ class RunStore:
             kept = connection.scalar(select(func.max(_rounds.c.time)).where(_rounds.c.round <= index))
             forgotten = delete(_events)
             connection.execute(forgotten if kept is None else forgotten.where(_events.c.time > kept))
-            for table in (_rounds, _metrics, _participations, _client_scores, _verdicts):
+            for table in (
+                _rounds,
+                _metrics,
+                _participations,
+                _client_scores,
+                _verdicts,
+                _spreads,
+                _movements,
+                _tuned,
+            ):
                 connection.execute(delete(table).where(table.c.round > index))
 
     def finish(self, status: Literal["finished", "interrupted", "failed"], error: str | None = None) -> None:
@@ -918,17 +1025,20 @@ class RunStore:
         """
         table = _client_scores
         with self._reading() as connection:
-            scored = connection.scalars(select(table.c.round).order_by(table.c.round)).all()
-            if len(scored) > limit:
-                scored = [scored[i] for i in np.linspace(0, len(scored) - 1, limit).round().astype(int)]
-            chosen: list[int] = []
-            quantiles = []
-            for index in scored:
-                accuracy = connection.scalar(select(table.c.accuracy).where(table.c.round == index))
-                if accuracy is not None and not np.isnan(accuracy).all():
-                    chosen.append(index)
-                    quantiles.append(np.nanquantile(accuracy, (0.0, 0.25, 0.5, 0.75, 1.0)))
-        return np.array(chosen, np.int64), np.array(quantiles, np.float64).reshape(-1, 5)
+            old = self._version < _ADDED[_spreads.name]
+            rows = select(table.c.round) if old else select(*_spreads.c)
+            found: list[Any] = list(connection.execute(rows.order_by(rows.selected_columns[0])).all())
+            if len(found) > limit:
+                found = [found[i] for i in np.linspace(0, len(found) - 1, limit).round().astype(int)]
+            if old:
+                blobs = (
+                    (i, connection.scalar(select(table.c.accuracy).where(table.c.round == i)))
+                    for (i,) in found
+                )
+                spreads = ((i, spread(accuracy)) for i, accuracy in blobs if accuracy is not None)
+                found = [(i, *each) for i, each in spreads if each is not None]
+        values = np.array([row[1:6] for row in found], np.float64).reshape(-1, 5)
+        return np.array([row[0] for row in found], np.int64), values
 
     def distribution(self) -> tuple[NDArray[np.int64], tuple[str, ...]] | None:
         """What :meth:`partition` recorded: counts and names of the classes; None if nothing."""
@@ -965,8 +1075,7 @@ class RunStore:
         try:
             with self._engine.begin() as connection:
                 if self._version < SCHEMA_VERSION:
-                    connection.execute(update(_schema).values(version=SCHEMA_VERSION))
-                    _metadata.create_all(connection)
+                    _upgrade(connection, self._version)
                 yield connection
             self._version = SCHEMA_VERSION
         except SQLAlchemyError as error:
@@ -986,9 +1095,46 @@ class RunStore:
                 time.sleep(0.02)  # a reader's look at the lock (see :func:`locked`) is over by then
             else:
                 self._lock = descriptor
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()} {platform.node()}\n".encode())
                 return
         os.close(descriptor)
         raise RunError(f"{self.directory}: another process is writing this run; wait for it or stop it first")
+
+
+def _upgrade(connection: Connection, version: int) -> None:
+    """Bring a database, which is read as it is, to what is written now."""
+    connection.execute(update(_schema).values(version=SCHEMA_VERSION))
+    _metadata.create_all(connection)
+    if version < _ADDED[_spreads.name]:
+        for index in connection.scalars(select(_client_scores.c.round)).all():
+            scores = connection.scalar(
+                select(_client_scores.c.accuracy).where(_client_scores.c.round == index)
+            )
+            if scores is not None:
+                _keep_spread(connection, index, scores)
+
+
+def _keep_spread(connection: Connection, index: int, accuracy: NDArray[np.float64]) -> None:
+    found = spread(accuracy)
+    if found is not None:
+        values = map(float, found)
+        connection.execute(insert(_spreads), {"round": index, **dict(zip(SPREAD, values, strict=True))})
+
+
+def spread(accuracy: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """:data:`SPREAD` of clients' accuracies [n], every client counting the same; None if none is known.
+
+    Jain's index, ``(Σ a)² / (n Σ a²)``, is 1 where all are alike and 1/n where one has everything
+    (R. Jain, D. Chiu, W. Hawe, "A quantitative measure of fairness", 1984, arXiv:cs/9809099).
+    """
+    known = np.asarray(accuracy, np.float64)
+    known = known[~np.isnan(known)]
+    if not len(known):
+        return None
+    squares = float(np.square(known).sum())
+    jain = float(known.sum()) ** 2 / (len(known) * squares) if squares else 1.0
+    return np.array([*np.quantile(known, (0.0, 0.25, 0.5, 0.75, 1.0)), known.std(), jain])
 
 
 def _engine(directory: Path, url: str | None) -> Engine:
@@ -1014,6 +1160,14 @@ def _engine(directory: Path, url: str | None) -> Engine:
         connection.execute("PRAGMA synchronous=NORMAL")
 
     return engine
+
+
+def writer(directory: Path) -> int | None:
+    """Number of the process that writes the run; None if there is none, or it is of another machine."""
+    if not locked(directory):
+        return None
+    number, _, node = (directory / "run.lock").read_text(encoding="utf-8").strip().partition(" ")
+    return int(number) if number.isdigit() and node == platform.node() else None
 
 
 def locked(directory: Path) -> bool:

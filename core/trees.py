@@ -101,3 +101,15 @@ def squared_norm(tree: Mapping[str, Tensor]) -> Tensor:
 def nbytes(tree: Mapping[str, Tensor]) -> int:
     """Bytes that the tensors of a tree take on the wire."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tree.values())
+
+
+def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """For each floating-point tensor, the L2 norms of its change and of what it was before."""
+    names = [name for name, tensor in after.items() if name in before and tensor.is_floating_point()]
+    if not names:
+        return {}
+    norm = torch.linalg.vector_norm
+    moved = [norm(after[name] - before[name]) for name in names]
+    was = [norm(before[name]) for name in names]
+    pairs = torch.stack([*moved, *was]).view(2, -1).T.tolist()
+    return {name: (change, size) for name, (change, size) in zip(names, pairs, strict=True)}

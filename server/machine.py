@@ -21,7 +21,7 @@ from hansa.core.hub import Fold, Hub, Order, Send
 from hansa.core.randomness import ALONE
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import ClientScores, Outcome, Participation, Round, Verdicts
-from hansa.core.trees import Tree, nbytes
+from hansa.core.trees import Tree, movement, nbytes
 from hansa.core.wire.federation_pb2 import TensorInfo
 from hansa.core.wire.tensors import Packed, describe, pack
 from hansa.server.events import Event
@@ -252,7 +252,15 @@ class Machine:
         if not mine:
             del self.open[job.client]
 
-    def _note(self, job: Open, outcome: Outcome, *, staleness: int = 0, weight: float = 0.0) -> None:
+    def _note(
+        self,
+        job: Open,
+        outcome: Outcome,
+        *,
+        staleness: int = 0,
+        weight: float = 0.0,
+        returned: float | None = None,
+    ) -> None:
         self._participants.append(
             Participation(
                 client=job.client,
@@ -262,9 +270,10 @@ class Machine:
                 staleness=staleness,
                 weight=weight,
                 dispatched=job.sent,
-                returned=self.now,
+                returned=self.now if returned is None else returned,
                 loss=job.loss,
                 outcome=outcome,
+                layers=None if job.keys is None else tuple(sorted(job.keys)),
             )
         )
 
@@ -280,13 +289,20 @@ class Machine:
             )
             self._up += nbytes(update)
             self._close(job)
-            self._note(job, "folded", staleness=report.staleness, weight=self._f.algorithm.weigh(report))
-        before = self.hub.state.version
+            self._note(
+                job,
+                "folded",
+                staleness=report.staleness,
+                weight=self._f.algorithm.weigh(report),
+                returned=report.returned,
+            )
+        before = self.hub.state
         measured = self.hub.close()
-        score = self._record(measured) if self.hub.state.version > before else None
+        made = self.hub.state.version > before.version
+        score = self._record(measured, movement(before.params, self.hub.model())) if made else None
         self._obey(self.hub.on(Aggregated(score), self.now))
 
-    def _record(self, measured: dict[str, float]) -> float | None:
+    def _record(self, measured: dict[str, float], moved: dict[str, tuple[float, float]]) -> float | None:
         """Evaluate if it is time, tell of the round, return the headline score."""
         f, version = self._f, self.hub.state.version
         folded = [
@@ -313,6 +329,7 @@ class Machine:
                 participants=tuple(self._participants),
                 clients=clients,
                 verdicts=Verdicts.of(self.hub.judged),
+                movement=moved,
             )
         )
         self._up = self._down = 0

@@ -23,7 +23,7 @@ from hansa.core.errors import InputError, Interrupted
 from hansa.core.hub import Fold, Hub, Order, PeerHub, Send
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import Outcome, Participation, Round, Verdicts
-from hansa.core.trees import Tree, flatten, put_under, take_under, unflatten
+from hansa.core.trees import Tree, flatten, movement, put_under, take_under, unflatten
 from hansa.simulation import checkpoint
 from hansa.simulation.attacks import Attack
 from hansa.simulation.bank import Bank
@@ -140,6 +140,7 @@ class Simulator:
         self._metrics: dict[str, float] = {}  # of the last evaluated round
         self._bytes_up = self._bytes_down = 0  # of the round under way
         self._participants: list[Participation] = []
+        self._model: Tree = {}  # before the step under way
 
     @property
     def engine(self) -> str:
@@ -162,6 +163,7 @@ class Simulator:
             When no client is at work and none will ever come.
         """
         self._started = time.monotonic()
+        self._model = self.hub.model()
         keep_pages()
         with threads(self._f, min(self._trainer.chunk, self._f.schedule.updates_per_step or self._f.clients)):
             reason = self._drive()
@@ -359,7 +361,14 @@ class Simulator:
             del self._open[job.client]
 
     def _note(
-        self, job: Open, outcome: Outcome, *, steps: int, staleness: int = 0, weight: float = 0.0
+        self,
+        job: Open,
+        outcome: Outcome,
+        *,
+        steps: int,
+        staleness: int = 0,
+        weight: float = 0.0,
+        returned: float | None = None,
     ) -> None:
         self._participants.append(
             Participation(
@@ -370,9 +379,10 @@ class Simulator:
                 staleness=staleness,
                 weight=weight,
                 dispatched=job.sent,
-                returned=self._now / 1e6,
+                returned=self._now / 1e6 if returned is None else returned,
                 loss=job.loss if outcome == "folded" else None,  # of others it may not have been computed
                 outcome=outcome,
+                layers=None if job.job.keys is None else tuple(sorted(job.job.keys)),
             )
         )
 
@@ -408,7 +418,14 @@ class Simulator:
             if gossip:
                 self._bytes_down += size
             self._close(job)
-            self._note(job, "folded", steps=report.steps, staleness=report.staleness, weight=weigh(report))
+            self._note(
+                job,
+                "folded",
+                steps=report.steps,
+                staleness=report.staleness,
+                weight=weigh(report),
+                returned=report.returned,
+            )
 
     def _forge(self, jobs: Sequence[Open], updates: Tree) -> Tree:
         """Put the attack in the place of malicious clients' changes; their running statistics stay honest.
@@ -448,6 +465,9 @@ class Simulator:
         if due:
             self._metrics = metrics
             score = metrics.get("accuracy", -metrics["loss"] if "loss" in metrics else None)
+        with self._clock("store"):
+            before, self._model = self._model, self.hub.model()
+            moved = movement(before, self._model) if self._workers.first else {}
         done = Round(
             index=version,
             time=now,
@@ -458,6 +478,7 @@ class Simulator:
             participants=tuple(self._participants),
             clients=clients,
             verdicts=Verdicts.of(self.hub.judged),
+            movement=moved,
         )
         self._bytes_up = self._bytes_down = 0
         self._participants = []

@@ -91,7 +91,7 @@ def test_a_round_lasts_as_long_as_its_slowest_client(quadratic: Build) -> None:
     ending, rounds = play(two(quadratic, Rounds(stop=Stopping(rounds=2), cohort=2)), TWO)
     assert [round.time for round in rounds] == [7.5, 15.0]
     assert rows(rounds[1], "client", "dispatched", "returned", "steps", "staleness", "outcome") == [
-        (0, 7.5, 15.0, 4, 0, "folded"),
+        (0, 7.5, 11.0, 4, 0, "folded"),
         (1, 7.5, 15.0, 4, 0, "folded"),
     ]
     assert ending.time == 15.0
@@ -108,7 +108,7 @@ def test_a_deadline_cuts_the_round_and_discards_the_late(quadratic: Build) -> No
     # (5 − 0.75) / 1.5 = 2.83: the late one made two steps.
     assert rows(round, "client", "returned", "steps", "outcome", "loss") == [
         (1, 5.0, 2, "discarded", None),
-        (0, 5.0, 4, "folded", pytest.approx(sum(0.25**s / 2 for s in range(4)) / 4)),
+        (0, 3.5, 4, "folded", pytest.approx(sum(0.25**s / 2 for s in range(4)) / 4)),
     ]
     assert ending.params["w"].tolist() == [after(4, 1.0)]
 

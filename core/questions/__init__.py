@@ -7,18 +7,26 @@ folder on this machine and, by its name, of a coordinator (``Control.Ask``).
 
 from __future__ import annotations
 
+from hansa.core.questions.jobs import ages, grid, tuned, waits
 from hansa.core.questions.record import Columns, Record, answer, asked, question
 from hansa.core.questions.rounds import curve, events, facts, metric_names, recipe
+from hansa.core.questions.scores import layers, spread
 
 __all__ = [
     "Columns",
     "Record",
+    "ages",
     "answer",
     "asked",
     "curve",
     "events",
     "facts",
+    "grid",
+    "layers",
     "metric_names",
     "question",
     "recipe",
+    "spread",
+    "tuned",
+    "waits",
 ]

@@ -1,0 +1,103 @@
+"""Who took part, and how long it took: maps and histograms of jobs, counted in the database."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from hansa.core.questions.record import Columns, Record, question
+
+Bins = Annotated[int, Field(ge=1, le=400)]
+
+
+@question
+def ages(record: Record) -> Columns:
+    """How many folded updates were how stale: ``staleness, jobs``."""
+    return record.columns(
+        "SELECT staleness, count(*) AS jobs FROM participations WHERE outcome = 'folded' "
+        "GROUP BY staleness ORDER BY staleness"
+    )
+
+
+@question
+def waits(record: Record, bins: Bins = 40) -> Columns:
+    """How long folded updates took and waited, in seconds of the run's clock: ``kind, low, high, jobs``.
+
+    ``kind`` is ``"away"``, from the dispatch to the return, or ``"waiting"``, from the return to the step
+    that folded it; ``low`` and ``high`` bound a bin. Before version 3 of the schema nothing waits.
+    """
+    found: Columns = {"kind": [], "low": [], "high": [], "jobs": []}
+    kinds = {"away": "p.returned - p.dispatched", "waiting": "r.time - p.returned"}
+    for kind, seconds in kinds.items():
+        spans = (
+            f"SELECT {seconds} AS s FROM participations p JOIN rounds r USING (round) "
+            "WHERE outcome = 'folded'"
+        )
+        longest = record.row(f"SELECT max(s) FROM ({spans})")[0]
+        if not longest or longest <= 0:
+            continue
+        width = longest / bins
+        counted = record.rows(
+            f"SELECT min(CAST(max(s, 0) / :width AS INTEGER), :last) AS bin, count(*) FROM ({spans}) "
+            "GROUP BY bin ORDER BY bin",
+            width=width,
+            last=bins - 1,
+        )
+        for i, jobs in counted:
+            for name, value in zip(found, (kind, i * width, (i + 1) * width, jobs), strict=True):
+                found[name].append(value)
+    return found
+
+
+@question
+def grid(record: Record, clients: Bins = 100, rounds: Bins = 160) -> dict[str, Any]:
+    """Jobs by client and round in bins: ``client, round, jobs, wasted`` of the bins that have any.
+
+    ``wasted`` counts those that were discarded or lost; ``clients`` and ``rounds`` tell how wide the bins
+    are, ``first`` and ``last`` which rounds the map spans, ``population`` how many clients.
+    """
+    first, last = record.row("SELECT min(round), max(round) FROM rounds")
+    highest = record.row("SELECT max(client) FROM participations")[0]
+    if first is None or highest is None:
+        return {"client": [], "round": [], "jobs": [], "wasted": []}
+    known = dict(record.rows("SELECT name, value FROM facts WHERE name = 'clients'")).get("clients", "")
+    population = max(highest + 1, int(known) if known.isdigit() else 0)
+    tall, wide = -(-population // clients), -(-(last - first + 1) // rounds)
+    counted = record.columns(
+        """
+        SELECT client / :tall * :tall AS client, :first + (round - :first) / :wide * :wide AS round,
+               count(*) AS jobs, sum(outcome != 'folded') AS wasted
+        FROM participations WHERE round BETWEEN :first AND :last GROUP BY 1, 2
+        """,
+        tall=tall,
+        wide=wide,
+        first=first,
+        last=last,
+    )
+    return {
+        **counted,
+        "clients": tall,
+        "rounds": wide,
+        "first": first,
+        "last": last,
+        "population": population,
+    }
+
+
+@question
+def tuned(record: Record, clients: Bins = 100) -> dict[str, Any]:
+    """How often which client was asked to change which tensor: ``client, layer, jobs``; nothing of most runs.
+
+    ``clients`` tells how wide the bins are.
+    """
+    if not record.has("tuned"):
+        return {"client": [], "layer": [], "jobs": []}
+    highest = record.row("SELECT max(client) FROM tuned")[0] or 0
+    wide = -(-(highest + 1) // clients)
+    counted = record.columns(
+        "SELECT client / :wide * :wide AS client, name AS layer, count(*) AS jobs FROM tuned "
+        "JOIN layer_names USING (layer) GROUP BY 1, layer ORDER BY layer, 1",
+        wide=wide,
+    )
+    return {**counted, "clients": wide}
