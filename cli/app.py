@@ -399,7 +399,9 @@ def report(run: _Run, runs: _Runs = _RUNS, json: _Json = False) -> None:
     out.envelope(report=path)
 
 
-app.command(epilog=_epilog("Examples", "hansa ui", "hansa ui --runs results", "hansa ui --server local"))(ui)
+app.add_typer(
+    ui, epilog=_epilog("Examples", "hansa ui", "hansa ui --runs results", "hansa ui --server local")
+)
 
 
 def _follows() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,22 @@ if TYPE_CHECKING:
     from hansa.ui.source import Source
 
 
-def ui(
+ui = typer.Typer(
+    name="ui",
+    rich_markup_mode="rich",
+    invoke_without_command=True,
+    help="Watch and steer runs in the browser.",
+)
+user = typer.Typer(name="user", rich_markup_mode="rich", help="Who may use an exposed dashboard.")
+ui.add_typer(user)
+
+_File = Annotated[Path, typer.Option("--file", metavar="FILE", help="The file of users.")]
+_USERS = Path("users.json")
+
+
+@ui.callback()
+def serve(
+    context: typer.Context,
     runs: Annotated[
         Path | None,
         typer.Option(
@@ -35,20 +51,93 @@ def ui(
     address: Annotated[str, typer.Option(metavar="HOST", help="Which of this machine's addresses.")] = (
         "127.0.0.1"
     ),
+    auth: Annotated[
+        Path | None,
+        typer.Option(
+            "--auth", metavar="FILE", help="Who may look and steer, by password; see `hansa ui user add`."
+        ),
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For HTTPS: a certificate, PEM.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="For HTTPS: its private key, PEM.")] = None,
 ) -> None:
     """Watch and steer runs in the browser, until SIGTERM or Ctrl-C.
 
-    It shows a folder of runs, or with --server the runs of a coordinator.
+    It shows a folder of runs, or with --server the runs of a coordinator. Beyond this machine it is served to
+    those in the file of --auth alone.
     """
-    if not is_loopback(f"{address}:{port}"):
+    if context.invoked_subcommand is not None:
+        return
+    exposed = not is_loopback(f"{address}:{port}")
+    if exposed and auth is None:
         raise InputError(
-            "--address", address, "others could reach it, and it has no login", "leave it at 127.0.0.1"
+            "--address",
+            address,
+            "others could reach it, and nobody would be asked who they are",
+            "name those who may with --auth FILE (`hansa ui user add` makes it), or leave it at 127.0.0.1",
         )
+    if (certificate is None) != (key is None):
+        raise InputError(
+            "--certificate", str(certificate or key), "a certificate and its key go together", "give both"
+        )
+    from hansa.ui.access import Guarded
+    from hansa.ui.gate import Gate
     from hansa.ui.serve import serve
     from hansa.ui.site import Site
+    from hansa.ui.users import Users
 
-    print(f"http://{address}:{port}", flush=True)
-    serve(Site(source=_source(runs, server)), address=address, port=port)
+    source, gate = _source(runs, server), None
+    if auth is not None:
+        users = Users(auth)
+        users.all()  # a file that cannot be read is told now
+        gate = Gate(users, secure=certificate is not None)
+        source = Guarded(source, gate)
+    if exposed and certificate is None:
+        print(
+            "passwords will cross the network in the clear; use --certificate and --key, or an HTTPS proxy",
+            file=sys.stderr,
+        )
+    print(f"{'https' if certificate else 'http'}://{address}:{port}", flush=True)
+    pair = (certificate, key) if certificate is not None and key is not None else None
+    serve(Site(source=source, gate=gate), address=address, port=port, certificate=pair)
+
+
+@user.command("add")
+def user_add(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    role: Annotated[
+        str, typer.Option(metavar="ROLE", help="viewer, or operator: who also starts and stops.")
+    ] = ("viewer"),
+    file: _File = _USERS,
+) -> None:
+    """Add a user, or give one a new role and password, which is read from the terminal or standard input."""
+    from hansa.ui.users import Users
+
+    if sys.stdin.isatty():
+        password = typer.prompt(f"Password of {name}", hide_input=True, confirmation_prompt=True)
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    Users(file).add(name, role, password)
+    print(f"{name}: {role}, in {file}")
+
+
+@user.command("ls")
+def user_ls(file: _File = _USERS) -> None:
+    """List the users."""
+    from hansa.ui.users import Users
+
+    for each in Users(file).all():
+        print(f"{each.role:<9} {each.name}")
+
+
+@user.command("rm")
+def user_rm(name: Annotated[str, typer.Argument(metavar="NAME")], file: _File = _USERS) -> None:
+    """Take a user out, at once."""
+    from hansa.ui.users import Users
+
+    Users(file).remove(name)
+    print(f"{name}: out of {file}")
 
 
 def _source(runs: Path | None, server: str | None) -> Source:

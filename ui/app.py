@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from hansa.ui import pages
+from hansa.ui.access import who
 from hansa.ui.site import site
 
 
@@ -12,7 +13,13 @@ def main() -> None:
     """Draw whatever page is asked for."""
     st.set_page_config(page_title="Hansa", page_icon=":material/hub:", layout="wide")
     page = st.navigation(pages.all_pages())
+    user = who(site().gate)
+    if user is None:
+        st.warning("You are not signed in any more. [Sign in](/login)", icon=":material/lock:")
+        return
     st.sidebar.caption(site().source.label)
+    if site().gate is not None:
+        st.sidebar.caption(f"{user.name}, {user.role} · [sign out](/logout)")
     page.run()
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
+from starlette.middleware import Middleware
 
+from hansa.ui.gate import Guard
 from hansa.ui.site import Site, configure
 from hansa.ui.theme import THEME
 
@@ -15,15 +17,21 @@ __all__ = ["SCRIPT", "serve"]
 SCRIPT = Path(__file__).with_name("app.py")
 
 
-def serve(site: Site, *, address: str, port: int) -> None:
-    """Serve the pages until SIGTERM or Ctrl-C."""
+def serve(site: Site, *, address: str, port: int, certificate: tuple[Path, Path] | None = None) -> None:
+    """Serve the pages until SIGTERM or Ctrl-C, by HTTPS with a ``certificate`` and its key (PEM files)."""
     configure(site)
-    st.App(SCRIPT).run(config=options(address, port))
+    guard = [] if site.gate is None else [Middleware(Guard, site.gate)]
+    st.App(SCRIPT, middleware=guard).run(config=options(address, port, certificate))
 
 
-def options(address: str, port: int) -> dict[str, Any]:
+def options(address: str, port: int, certificate: tuple[Path, Path] | None = None) -> dict[str, Any]:
     """Streamlit's options, those of the theme among them."""
     return {
+        **(
+            {"server.sslCertFile": str(certificate[0]), "server.sslKeyFile": str(certificate[1])}
+            if certificate
+            else {}
+        ),
         "server.address": address,
         "server.port": port,
         "server.headless": True,  # no browser is opened, no address asked for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hansa.ui.gate import Gate
 from hansa.ui.source import Source
 
 __all__ = ["Site", "configure", "site"]
@@ -16,9 +17,11 @@ class Site:
     Attributes
     ----------
     source: what is looked at.
+    gate: who may, where others could reach it; None for this machine alone.
     """
 
     source: Source
+    gate: Gate | None = None
 
 
 _site: Site | None = None
