@@ -7,6 +7,8 @@ folder on this machine and, by its name, of a coordinator (``Control.Ask``).
 
 from __future__ import annotations
 
+from hansa.core.questions.clients import contributors, judged, partition, quality, taking_part
+from hansa.core.questions.gossip import topology
 from hansa.core.questions.jobs import ages, grid, tuned, waits
 from hansa.core.questions.record import Columns, Record, answer, asked, question
 from hansa.core.questions.rounds import curve, events, facts, metric_names, recipe
@@ -18,15 +20,21 @@ __all__ = [
     "ages",
     "answer",
     "asked",
+    "contributors",
     "curve",
     "events",
     "facts",
     "grid",
+    "judged",
     "layers",
     "metric_names",
+    "partition",
+    "quality",
     "question",
     "recipe",
     "spread",
+    "taking_part",
+    "topology",
     "tuned",
     "waits",
 ]
