@@ -25,6 +25,9 @@ from hansa.core.reducer import Judgement
 from hansa.strategies.columns import Block, by_column, namespace, over_columns, sorted_columns
 from hansa.strategies.gram import Gram, combine, gram, mix, nearest_neighbours
 
+_LEAST = {"f": 0, "nnm": 0, "iterations": 1, "selected": 1, "neighbours": 1}
+_POSITIVE = ("smoothing", "tau")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Rule(ABC):
@@ -39,9 +42,18 @@ class _Rule(ABC):
     nnm: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("f", "nnm"):
-            if getattr(self, name, None) is not None:
-                _at_least(name, getattr(self, name), 0)
+        for name, least in _LEAST.items():
+            value = getattr(self, name, None)
+            if value is not None and value < least:
+                raise InputError(f"aggregation.{name}", value, f"it is below {least}", f"use {least} or more")
+        for name in _POSITIVE:
+            if not 0 < getattr(self, name, 1.0) < torch.inf:
+                raise InputError(
+                    f"aggregation.{name}",
+                    getattr(self, name),
+                    "it must be finite and above zero",
+                    "use a positive number",
+                )
 
     @property
     def minimum(self) -> int:
@@ -49,8 +61,8 @@ class _Rule(ABC):
         return max(self._minimum, 2 * (self.nnm or 0) + 1)
 
     @property
-    @abstractmethod
-    def _minimum(self) -> int: ...
+    def _minimum(self) -> int:
+        return 1
 
     @abstractmethod
     def __call__(self, updates: Tensor) -> Tensor:
@@ -140,13 +152,6 @@ class MultiKrum(GramRule):
 
     source: ClassVar[str] = "Blanchard et al., arXiv 1703.02757"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.selected is not None:
-            _at_least("selected", self.selected, 1)
-        if self.neighbours is not None:
-            _at_least("neighbours", self.neighbours, 1)
-
     @property
     def _minimum(self) -> int:
         return 2 * self.f + 3
@@ -189,15 +194,6 @@ class GeometricMedian(GramRule):
 
     source: ClassVar[str] = "Pillutla et al., arXiv 1912.13445"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _above_zero("smoothing", self.smoothing)
-        _at_least("iterations", self.iterations, 1)
-
-    @property
-    def _minimum(self) -> int:
-        return 1
-
     def weights(self, gram: Gram) -> Tensor:
         """β_i / Σ β_i of the last iteration."""
         point = gram.origin
@@ -227,15 +223,6 @@ class CentredClipping(GramRule):
 
     source: ClassVar[str] = "Karimireddy et al., arXiv 2012.10333"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _above_zero("tau", self.tau)
-        _at_least("iterations", self.iterations, 1)
-
-    @property
-    def _minimum(self) -> int:
-        return 1
-
     def weights(self, gram: Gram) -> Tensor:
         """Of the updates; the rest, to one, is the origin's."""
         point = gram.origin
@@ -251,10 +238,6 @@ class Median(ColumnRule):
     """Coordinate-wise median; for an even n the mean of the two middle values."""
 
     source: ClassVar[str] = "Yin et al., arXiv 1803.01498"
-
-    @property
-    def _minimum(self) -> int:
-        return 1
 
     def columns(self, block: Block) -> Block:
         """[n, c] -> [c]."""
@@ -317,15 +300,3 @@ def _middle(column: Block) -> Block:
     """The median of sorted columns [c, n]."""
     n = column.shape[1]
     return column[:, (n - 1) // 2 : n // 2 + 1].mean(1)
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"aggregation.{name}", value, f"it is below {least}", f"use {least} or more")
-
-
-def _above_zero(name: str, value: float) -> None:
-    if not 0 < value < torch.inf:
-        raise InputError(
-            f"aggregation.{name}", value, "it must be finite and above zero", "use a positive number"
-        )
