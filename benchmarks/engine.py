@@ -92,7 +92,7 @@ def hansa_round(f: Federation, train: Trainer) -> Round:
     sizes = f.data.train_shards.sizes.double()
 
     def run(number: int, params: Tree) -> Tree:
-        acc, clients = Sums(), cohort(number)
+        acc, clients = Sums(), sorted(cohort(number), key=lambda client: -sizes[client])
         works = [Work(client, Job(number, "train", params), {}) for client in clients]
         for results in train.train(works):
             weights = sizes[[work.client for work in results.works]]

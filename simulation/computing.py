@@ -128,7 +128,12 @@ class Computing:
         return _sizes(updates)
 
     def _fold_sums(self, jobs: Sequence[Open], reports: Sequence[Report]) -> dict[str, int]:
-        """Every worker trains a share and folds it; they exchange the sums."""
+        """Every worker trains a share and folds it; they exchange the sums.
+
+        Jobs of one length stand together, so that chunks and blocks of sums are short of few.
+        """
+        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps)
+        jobs, reports = [jobs[i] for i in order], [reports[i] for i in order]
         self._choose(jobs)
         mine = self._workers.share([1.0 + job.steps for job in jobs], BLOCK)
         alone = self._workers.count == 1

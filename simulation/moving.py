@@ -29,7 +29,6 @@ from hansa.core.trees import Tree, stack
 from hansa.simulation.cohort import Work
 from hansa.simulation.lanes import one_thread
 
-_NARROW = 32  # a product with a side below this may be cut along its sum by several threads
 _WORTH_FACTORS = 1.5  # a layer's smaller side, over the samples of a job, from which factors are cheaper
 
 
@@ -219,47 +218,32 @@ class Moving:
 
     def _sums_of_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
         flat, weights = rows.reshape(self.clients, 1, -1), weights.to(rows.dtype)
-        made = [
-            _product(weights[part].view(-1, 1, n), flat[part].view(-1, n, flat.shape[2]))
-            for part, n in self._parts()
-        ]
-        return torch.cat(made).view(-1, *rows.shape[1:])
+        made = flat.new_empty(-(-self.clients // BLOCK), 1, flat.shape[2])
+        for blocks, part, n in _runs(np.arange(self.clients)):
+            _add_products(
+                made[blocks], weights[part].view(-1, 1, n), flat[part].view(-1, n, flat.shape[2]), onto=0
+            )
+        return made.view(-1, *rows.shape[1:])
 
     def _sums_of_factors(self, factors: Factors, weights: Tensor) -> Tensor:
+        """What fills short batches has no gradient, and adds nothing."""
         outputs, inputs = factors.g[0].shape[2], factors.x[0].shape[2]
-        made = weights.new_zeros(-(-self.clients // BLOCK), outputs, inputs)
-        if self._job.uniform:
-            for x, g in zip(factors.x, factors.g, strict=True):
-                scaled = g * weights[:, None, None]
-                for part, n in self._parts():
-                    blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-                    _product(_blocks(scaled[part], n).mT, _blocks(x[part], n), onto=made[blocks])
-            return made
+        made = weights.new_empty(-(-self.clients // BLOCK), outputs, inputs)
+        onto = 0
+        if len(factors.x[0]) < self.clients:  # some do nothing
+            made, onto = made.zero_(), 1
         row_of = np.argsort(self.order)
-        each = weights[torch.from_numpy(self.order).to(weights.device)]
-        for step, (x, g) in enumerate(zip(factors.x, factors.g, strict=True)):
-            scaled = (g * each[: len(g), None, None]).flatten(0, 1)
-            for block, used in self._used(step, x.shape[1], row_of):
-                with one_thread() if min(outputs, inputs) < _NARROW else nullcontext():
-                    mine = used.to(x.device)
-                    made[block].addmm_(scaled.index_select(0, mine).T, x.flatten(0, 1).index_select(0, mine))
+        for x, g in zip(factors.x, factors.g, strict=True):
+            works = np.sort(self.order[: len(x)])  # those at work in this step
+            rows = row_of[works]
+            if not np.array_equal(rows, np.arange(len(rows))):
+                chosen = torch.from_numpy(rows).to(x.device)
+                x, g = x.index_select(0, chosen), g.index_select(0, chosen)
+            scaled = g * weights[torch.from_numpy(works).to(g.device), None, None]
+            for blocks, part, n in _runs(works):
+                _add_products(made[blocks], _blocks(scaled[part], n).mT, _blocks(x[part], n), onto=onto)
+            onto = 1
         return made
-
-    def _used(self, step: int, width: int, row_of: Ints) -> Iterator[tuple[int, Tensor]]:
-        """Where each block's real examples of a step lie among all [A · width]: (block, places)."""
-        sizes = self.sizes[:, step]
-        per_example = width // self.width(step)
-        for block, first in enumerate(range(0, self.clients, BLOCK)):
-            rows = row_of[first : first + BLOCK]
-            spans = [np.arange(sizes[row] * per_example) + row * width for row in rows if sizes[row]]
-            if spans:
-                yield block, torch.from_numpy(np.concatenate(spans))
-
-    def _parts(self) -> list[tuple[slice, int]]:
-        """The works in whole blocks, and those left over: which, and how many to a block."""
-        whole = self.clients - self.clients % BLOCK
-        parts = [(slice(0, whole), BLOCK), (slice(whole, self.clients), self.clients - whole)]
-        return [(part, n) for part, n in parts if part.stop > part.start]
 
     def back(self, rows: Tensor) -> Tensor:
         """Rows in the order of the works again."""
@@ -268,12 +252,23 @@ class Moving:
         return rows[torch.from_numpy(np.argsort(self.order)).to(rows.device)]
 
 
+def _runs(works: Ints) -> Iterator[tuple[slice, slice, int]]:
+    """Neighbouring blocks of which equally many works are given: (blocks, places in ``works``, how many)."""
+    blocks, counts = np.unique(works // BLOCK, return_counts=True)
+    ends = np.cumsum(counts)
+    cuts = np.flatnonzero((np.diff(blocks) != 1) | (np.diff(counts) != 0)) + 1
+    for run in np.split(np.arange(len(blocks)), cuts):
+        first, last = run[0], run[-1]
+        n = int(counts[first])
+        yield slice(blocks[first], blocks[last] + 1), slice(ends[first] - n, ends[last]), n
+
+
 def _blocks(rows: Tensor, clients: int) -> Tensor:
     """[k, B, d] -> [k / clients, clients · B, d]."""
     return rows.reshape(len(rows) // clients, -1, rows.shape[2])
 
 
-def _product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Batched product, added in place to ``onto``: one alone is not cut among threads."""
+def _add_products(sums: Tensor, a: Tensor, b: Tensor, *, onto: int) -> None:
+    """``sums ← onto · sums + a @ b``, batched: one alone is not cut among threads."""
     with one_thread() if len(a) == 1 else nullcontext():
-        return torch.bmm(a, b) if onto is None else onto.baddbmm_(a, b)
+        sums.baddbmm_(a, b, beta=onto)
