@@ -7,6 +7,7 @@
      ├─ DataError              exit code 3: data that is missing, truncated, not finite or not divisible
      ├─ DivergedError          exit code 4: training left the finite numbers
      ├─ RunError               exit code 5: a run directory that is absent, damaged or in use
+     │   └─ StorageError       a disk or a database that takes nothing now
      └─ TrustError           exit code 6: a certificate, key, token or audit log that cannot be trusted
     Interrupted                exit code 130: stopped on request, the run can be resumed
 """
@@ -77,6 +78,10 @@ class RunError(HansaError):
     """A run directory that is absent, damaged, or belongs to a run in progress."""
 
     exit_code = 5
+
+
+class StorageError(RunError):
+    """A disk or a database that takes nothing now: full, not allowed, away. It may later."""
 
 
 class TrustError(HansaError):

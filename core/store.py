@@ -69,7 +69,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from hansa.core.errors import InputError, RunError
+from hansa.core.errors import InputError, RunError, StorageError
 
 if TYPE_CHECKING:  # torch is not needed to read
     from hansa.core.algorithm import Report
@@ -1219,8 +1219,8 @@ def _damaged(directory: Path, reason: str) -> RunError:
     )
 
 
-def _unwritable(directory: Path, error: BaseException) -> RunError:
-    return RunError(
+def _unwritable(directory: Path, error: BaseException) -> StorageError:
+    return StorageError(
         f"{directory}: the run cannot be recorded ({_reason(error)}); see that the directory is writable and "
         "the disk has room"
     )

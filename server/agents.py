@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import structlog
@@ -23,14 +23,19 @@ from hansa.core.wire.tensors import Malformed, require_alike, size_limit, unpack
 from hansa.server.artefacts import Reception
 from hansa.server.crash import point
 from hansa.server.figures import FIGURES
+from hansa.server.leases import Lease, read_lease
 from hansa.server.machine import Open
 from hansa.server.office import Office
+from hansa.server.past import Past
+from hansa.server.patience import Over
 from hansa.server.roster import Roster
-from hansa.server.runs import Lease, Run, read_lease
+from hansa.server.runs import Run
 from hansa.server.trust import caller
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Code = grpc.StatusCode
+A = TypeVar("A")
+B = TypeVar("B")
 
 _log = structlog.get_logger(__name__)
 
@@ -182,13 +187,13 @@ class Agents(AgentsServicer):
     def _fail(self, attendant: Attendant, failure: pb.Failure) -> None:
         claim = read_lease(failure.lease)
         run = self._office.run(claim.run) if claim else None
-        if claim is None or run is None or not run.honours(failure.lease, claim):
+        if claim is None or not isinstance(run, Run) or not run.honours(failure.lease, claim):
             return
-        if run.machine.seats.get(claim.client) != attendant.name:
+        if run.holder(claim.client) != attendant.name:
             return
         attendant.drop(failure.lease)
         again = failure.kind != pb.Failure.REFUSED
-        reason = failure.reason[:500]
+        reason = _printable(failure.reason)
         _log.warning(
             "a job failed", run=run.id, client=claim.client, agent=attendant.name, reason=reason, again=again
         )
@@ -203,8 +208,8 @@ class Agents(AgentsServicer):
     async def Download(self, request: pb.Wanted, context: Context) -> None:  # noqa: N802
         """What an open job names, and nothing else."""
         name = caller().identity.name
-        run, job = await self._open_job(request.lease, name, context)
-        if job is None:
+        run, job, _ = await self._open_job(request.lease, name, context)
+        if not isinstance(run, Run) or job is None:
             await self._refuse(context, Code.FAILED_PRECONDITION, name, "the job is over", run=run.id)
         if request.digest == run.recipe_digest:
             data = run.recipe_blob
@@ -216,17 +221,21 @@ class Agents(AgentsServicer):
             await context.write(pb.Piece(offset=offset, data=data[offset : offset + PIECE]))
         FIGURES.bytes_down.inc(max(len(data) - request.offset, 0))
 
-    async def _open_job(self, lease: bytes, name: str, context: Context) -> tuple[Run, Open | None]:
+    async def _open_job(
+        self, lease: bytes, name: str, context: Context
+    ) -> tuple[Run | Past, Open | None, Lease]:
         """The run and the job of a lease, after all that can be wrong with one."""
         claim = read_lease(lease)
         run = self._office.run(claim.run) if claim else None
         if claim is None or run is None or not run.honours(lease, claim):
             await self._refuse(context, Code.PERMISSION_DENIED, name, "this lease was not given here")
-        if run.machine.seats.get(claim.client) != name:
+        if await _asked(run, run.holder, claim.client) != name:
             await self._refuse(
                 context, Code.PERMISSION_DENIED, name, "this lease is another agent's", run=run.id
             )
-        return run, run.machine.job(claim.client, claim.number) if run.active else None
+        if isinstance(run, Run) and run.active:
+            return run, run.machine.job(claim.client, claim.number), claim
+        return run, None, claim
 
     # Uploads.
 
@@ -238,18 +247,17 @@ class Agents(AgentsServicer):
         if first.WhichOneof("body") != "manifest":
             await self._refuse(context, Code.FAILED_PRECONDITION, name, "a manifest comes first")
         manifest = first.manifest
-        run, job = await self._open_job(manifest.lease, name, context)
-        claim = read_lease(manifest.lease)
-        assert claim is not None
-        before = run.taken(claim)
+        run, job, claim = await self._open_job(manifest.lease, name, context)
+        before = await _asked(run, run.accepted, claim)
         if before is not None:
-            if before != manifest.update.digest:
+            digest, counted = before
+            if digest != manifest.update.digest:
                 await self._refuse(
                     context, Code.ALREADY_EXISTS, name, "another update of this job was accepted", run=run.id
                 )
-            await context.write(_acknowledge(run.counted(claim)))
+            await context.write(_acknowledge(counted))
             return
-        if job is None:
+        if not isinstance(run, Run) or job is None:
             await context.write(_acknowledge(False))
             return
         if (problem := self._wrong(manifest, job)) is not None:
@@ -263,6 +271,11 @@ class Agents(AgentsServicer):
         try:
             async with self._permits:
                 counted = await self._receive(messages, context, name, run, job, manifest)
+        except OSError as error:
+            why = f"the coordinator's disk takes nothing now ({error.strerror}); send it again later"
+            await self._refuse(context, Code.RESOURCE_EXHAUSTED, name, why, run=run.id)
+        except Over:
+            await self._refuse(context, Code.UNAVAILABLE, name, "this coordinator ends", run=run.id)
         finally:
             self._under_way.discard(claim)
         await context.write(_acknowledge(counted))
@@ -299,12 +312,12 @@ class Agents(AgentsServicer):
     ) -> bool:
         """Take the bytes, check them, and make them an event; returns whether the update counts."""
         digest, size = manifest.update.digest, manifest.update.size
-        spool = f"{run.id}.{job.client}.{job.number}"
-        reception = self._office.artefacts.receive(spool, digest)
+        where = run.id, f"{job.client}-{job.number}", digest
+        reception = self._office.artefacts.receive(*where)
         try:
             if reception.offset > size:
                 reception.discard()
-                reception = self._office.artefacts.receive(spool, digest)
+                reception = self._office.artefacts.receive(*where)
             await context.write(pb.UploadReply(permit=pb.Permit(offset=reception.offset)))
             while reception.offset < size:
                 message = await self._next(messages, context, name)
@@ -386,6 +399,7 @@ class Agents(AgentsServicer):
         )
 
     async def _refuse(self, context: Context, code: Code, name: str, why: str, **facts: object) -> NoReturn:
+        why = _printable(why)
         self._office.roster.refused(name)
         FIGURES.refused.labels(code.name).inc()
         _log.warning("refused", agent=name, status=code.name, why=why, **facts)
@@ -394,6 +408,18 @@ class Agents(AgentsServicer):
 
 
 _DAMAGED = "the bytes are not those of the digest"
+
+
+async def _asked(run: Run | Past, question: Callable[[A], B], argument: A) -> B:
+    """A question to a run; for one that is past, the answer is in the database."""
+    if isinstance(run, Run):
+        return question(argument)
+    return await asyncio.to_thread(question, argument)
+
+
+def _printable(text: str) -> str:
+    """Text of somebody else for a log, a database and a terminal."""
+    return "".join(each if each.isprintable() else " " for each in text[:500])
 
 
 def _acknowledge(counted: bool) -> pb.UploadReply:

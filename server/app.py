@@ -17,7 +17,7 @@ import fcntl
 import os
 import signal
 import tomllib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ from hansa.server.control import Control
 from hansa.server.events import EventLog
 from hansa.server.figures import FIGURES, Condition
 from hansa.server.office import Office
+from hansa.server.patience import Over
 from hansa.server.trust import (
     RULES,
     Authority,
@@ -106,10 +107,10 @@ def read_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
 
 
 @asynccontextmanager
-async def coordinator(config: Config, *, fenced: asyncio.Event | None = None) -> AsyncIterator[int]:
+async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _: None) -> AsyncIterator[int]:
     """A coordinator that serves as long as the context lasts, on the port that is given.
 
-    ``fenced`` is set when another coordinator has taken over the event log; this one can only end then.
+    ``over`` is called when this process may write no more; it can only end then.
 
     Raises
     ------
@@ -124,7 +125,7 @@ async def coordinator(config: Config, *, fenced: asyncio.Event | None = None) ->
     lock = _lead(config.data)
     artefacts = Artefacts(config.data / "artefacts")
     url = config.database or f"sqlite:///{(config.data / 'events.db').absolute()}"
-    log = EventLog(url, before=artefacts.settle, fenced=fenced)
+    log = EventLog(url, before=artefacts.settle, over=over)
     limits = config.limits
     office = Office(log, artefacts, config.runs, grace=limits.grace, code=config.code)
     guard = (
@@ -185,13 +186,26 @@ async def coordinator(config: Config, *, fenced: asyncio.Event | None = None) ->
 
 
 async def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    ended = asyncio.Event()
+    """Serve until SIGTERM or SIGINT.
+
+    Raises
+    ------
+    Over
+        When this process may write no more: another coordinator has taken over, or the disk failed.
+    """
     loop = asyncio.get_running_loop()
+    ended: asyncio.Future[Over | None] = loop.create_future()
+
+    def end(why: Over | None = None) -> None:
+        if not ended.done():
+            ended.set_result(why)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
-    async with coordinator(config, fenced=ended):
-        await ended.wait()
+        loop.add_signal_handler(number, end)
+    async with coordinator(config, over=end):
+        why = await ended
+        if why is not None:
+            raise why
 
 
 def _lead(folder: Path) -> int:

@@ -3,7 +3,8 @@
 ::
 
     <folder>/<digest>        whole and checked, and durable once settled
-    <folder>/spool/<name>    uploads under way; what is left there goes on or is cleared
+    <folder>/spool/          what is being written
+    <folder>/spool/<run>/    uploads under way, one to a job; what is left there goes on or is cleared
 
 :meth:`Artefacts.settle` makes many files and their names durable at the price of about one: they are given to
 the disk at the same time, before each commit of the event log. A file that no event names was not settled
@@ -15,12 +16,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 from hansa.core.errors import RunError
+from hansa.server.patience import Over
 
 _AT_ONCE = 8  # files given to the disk together
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -76,9 +80,15 @@ class Artefacts:
             raise RunError(f"{self.path(digest)}: an artefact is damaged; restore it from a backup")
         return data
 
-    def receive(self, name: str, digest: str) -> Reception:
-        """Begin or go on with an upload; ``name`` tells two uploads of equal bytes apart."""
-        return Reception(self, self._spool / f"{name}.{digest[:16]}", digest)
+    def receive(self, run: str, job: str, digest: str) -> Reception:
+        """Begin or go on with the upload of a job; one of another digest takes the place of what is there."""
+        folder = self._spool / run
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{job}.{digest[:16]}"
+        for other in folder.glob(f"{job}.*"):
+            if other != path:
+                other.unlink(missing_ok=True)
+        return Reception(self, path, digest)
 
     def settle(self) -> None:
         """Make what was kept so far durable."""
@@ -90,19 +100,22 @@ class Artefacts:
         try:
             # All at once: a journaling file system commits them together.
             list(self._disk.map(os.fsync, [folder, *(file.fileno() for file in files)]))
-        except OSError:
-            with self._lock:
-                self._unsettled += files
-            raise
+        except OSError as error:
+            # A second fsync may succeed though the system has thrown the bytes away.
+            raise Over(
+                f"{self.folder}: the disk failed to make updates durable ({error.strerror}), and what the "
+                "system still shows of them cannot be trusted; this coordinator ends; agents send again"
+            ) from error
         finally:
             os.close(folder)
         for file in files:
             file.close()
 
-    def clear(self) -> None:
-        """Forget all uploads under way."""
+    def clear(self, unwanted: Callable[[str], bool]) -> None:
+        """Forget the uploads under way to runs that are ``unwanted``."""
         for path in self._spool.iterdir():
-            path.unlink(missing_ok=True)
+            if path.is_dir() and unwanted(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 class Reception:

@@ -10,16 +10,17 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 
-from hansa.core.errors import HansaError
+from hansa.core.errors import HansaError, StorageError
 from hansa.core.questions import answer
-from hansa.core.store import Round, RunStore, RunSummary
+from hansa.core.store import RunStore, RunSummary
 from hansa.core.wire import PIECE
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import ControlServicer
 from hansa.core.wire.tensors import pack
-from hansa.server.events import RunRow
 from hansa.server.figures import Condition
 from hansa.server.office import Office
+from hansa.server.past import Past
+from hansa.server.patience import Over
 from hansa.server.runs import Run
 from hansa.server.trust import caller
 
@@ -41,6 +42,8 @@ class Control(ControlServicer):
         who = caller().identity.name
         try:
             run = await self._office.submit(request.recipe, request.wait_for, request.key, owner=who)
+        except (StorageError, Over) as error:
+            await _abort(context, Code.UNAVAILABLE, str(error))
         except HansaError as error:
             await _abort(context, Code.INVALID_ARGUMENT, str(error))
         _log.info("submitted", run=run.id, by=who)
@@ -55,6 +58,9 @@ class Control(ControlServicer):
         """Rounds as they are made, then the end."""
         run = await self._any(request.id, context)
         if not isinstance(run, Run):
+            for done in await asyncio.to_thread(run.told):
+                if done.index > request.after:
+                    await context.write(pb.Happening(round=done))
             await context.write(pb.Happening(end=await self._status(run)))
             return
         news = asyncio.Event()
@@ -65,10 +71,10 @@ class Control(ControlServicer):
             while True:
                 await news.wait()
                 news.clear()
-                active, rounds = run.active, run.rounds
-                for done in rounds[told:]:
+                active = run.active
+                for done in run.told[told:]:
                     if done.index > request.after:
-                        await context.write(pb.Happening(round=_round(done)))
+                        await context.write(pb.Happening(round=done))
                     told += 1
                 if not active:
                     await context.write(pb.Happening(end=await self._status(run)))
@@ -79,7 +85,7 @@ class Control(ControlServicer):
     async def Stop(self, request: pb.RunName, context: Context) -> pb.RunStatus:  # noqa: N802
         """Interrupt a run."""
         run = await self._live(request.id, context)
-        await run.stop()
+        await asyncio.shield(run.stop())
         _log.info("stopped", run=run.id, by=caller().identity.name)
         return await self._status(run)
 
@@ -87,7 +93,7 @@ class Control(ControlServicer):
         """Go on with an interrupted run."""
         run = await self._live(request.id, context)
         try:
-            await self._office.resume(run)
+            await asyncio.shield(self._office.resume(run))
         except HansaError as error:
             await _abort(context, Code.FAILED_PRECONDITION, str(error))
         _log.info("resumed", run=run.id, by=caller().identity.name)
@@ -131,7 +137,7 @@ class Control(ControlServicer):
         """How the coordinator stands."""
         return self._condition.reply(request.after)
 
-    async def _status(self, run: Run | RunRow) -> pb.RunStatus:
+    async def _status(self, run: Run | Past) -> pb.RunStatus:
         status = pb.RunStatus(
             id=run.id,
             status=run.status,
@@ -143,6 +149,8 @@ class Control(ControlServicer):
             status.rounds = run.machine.hub.state.version
             status.clients, status.present = run.federation.clients, len(run.workers)
             status.planned, status.open = run.federation.recipe.stop.rounds, run.open
+        else:
+            status.rounds, status.clients = run.rounds, run.clients
         summary = self._summaries.get(run.id)
         if summary is None:
             summary = await asyncio.to_thread(_summary, self._folder / run.id)
@@ -164,11 +172,11 @@ class Control(ControlServicer):
             await _abort(context, Code.FAILED_PRECONDITION, f"{run.id}: this run is {run.status}")
         return run
 
-    async def _any(self, id: str, context: Context) -> Run | RunRow:
-        for each in self._office.runs():
-            if each.id == id:
-                caller().owns(each.owner, f"run {id}")
-                return each
+    async def _any(self, id: str, context: Context) -> Run | Past:
+        found = self._office.run(id)
+        if found is not None:
+            caller().owns(found.owner, f"run {id}")
+            return found
         return await _abort(context, Code.NOT_FOUND, "there is no such run")
 
 
@@ -183,15 +191,3 @@ def _summary(directory: Path) -> RunSummary | None:
 async def _abort(context: Context, code: Code, why: str) -> NoReturn:
     await context.abort(code, why)
     raise AssertionError
-
-
-def _round(done: Round) -> pb.Round:
-    return pb.Round(
-        index=done.index,
-        time=done.time,
-        bytes_up=done.bytes_up,
-        bytes_down=done.bytes_down,
-        asked=len(done.participants),
-        folded=sum(each.outcome == "folded" for each in done.participants),
-        metrics=dict(done.metrics),
-    )

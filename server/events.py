@@ -2,19 +2,20 @@
 
 One table of runs, one of events, one row of leadership. Events of many runs are committed together (group
 commit): whoever appends waits until its own rows are durable. A coordinator takes a new epoch when it starts
-and writes only while that is the newest, so a second one, started by mistake, fences off the first, never
-mixes with it. SQLite in WAL mode, or any database that SQLAlchemy reaches.
+and writes only while that is the newest: whatever happens to locks, two never mix. Databases and schemas:
+:mod:`hansa.server.database`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-import structlog
 from sqlalchemy import (
     Column,
     Connection,
@@ -26,8 +27,6 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    create_engine,
-    event,
     insert,
     select,
     update,
@@ -35,24 +34,18 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from hansa.core.errors import RunError
+from hansa.server import database
+from hansa.server.patience import Over, insist, reason
 
-SCHEMA_VERSION = 1
-_PATIENCE = 0.2  # seconds before a commit that failed is tried again, doubled up to …
-_LONGEST = 5.0
+T = TypeVar("T")
+metadata = MetaData()
+"""The newest schema; :mod:`hansa.server.migrations` leads to it."""
 
-_log = structlog.get_logger(__name__)
-_metadata = MetaData()
-
-_leadership = Table(
-    "leadership",
-    _metadata,
-    Column("schema_version", Integer, nullable=False),
-    Column("epoch", Integer, nullable=False),
-)
+_leadership = Table("leadership", metadata, Column("epoch", Integer, nullable=False))
 
 _runs = Table(
     "runs",
-    _metadata,
+    metadata,
     Column("id", Text, primary_key=True),
     Column("key", Text, unique=True),  # of the submission
     Column("owner", Text, nullable=False),
@@ -61,11 +54,13 @@ _runs = Table(
     Column("wait_for", Integer, nullable=False),
     Column("status", Text, nullable=False),
     Column("reason", Text, nullable=False),
+    Column("rounds", Integer, nullable=False, server_default="0"),  # made, as last marked
+    Column("clients", Integer, nullable=False, server_default="0"),
 )
 
 _events = Table(
     "events",
-    _metadata,
+    metadata,
     Column("run", Text, primary_key=True),
     Column("seq", Integer, primary_key=True, autoincrement=False),
     Column("at", Double, nullable=False),  # seconds on the run's clock
@@ -78,7 +73,7 @@ _events = Table(
 
 _snapshots = Table(
     "snapshots",
-    _metadata,
+    metadata,
     Column("run", Text, primary_key=True),
     Column("seq", Integer, primary_key=True, autoincrement=False),  # of the last event in it
     Column("digest", Text, nullable=False),
@@ -110,6 +105,8 @@ class RunRow:
     wait_for: int
     status: str
     reason: str = ""
+    rounds: int = 0
+    clients: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +118,7 @@ class Snapshot:
     facts: Mapping[str, Any]
 
 
-class Fenced(RunError):
+class Fenced(Over):
     """Another coordinator has taken over this event log."""
 
 
@@ -130,10 +127,10 @@ class EventLog:
 
     Parameters
     ----------
-    url: SQLAlchemy URL.
+    url: SQLAlchemy URL of SQLite or PostgreSQL.
     before: called in the writing thread before each commit (to make artefacts durable first).
     lead: take a new epoch, to write; otherwise only read.
-    fenced: set when another coordinator has taken over.
+    over: called when this process may write no more, with the reason.
 
     Attributes
     ----------
@@ -141,8 +138,10 @@ class EventLog:
 
     Raises
     ------
+    InputError
+        When the URL is no database that Hansa knows.
     RunError
-        When the database cannot be opened or is of a newer Hansa.
+        When the database cannot be opened, is of a newer Hansa, or another coordinator leads.
     """
 
     def __init__(
@@ -151,29 +150,33 @@ class EventLog:
         before: Callable[[], None] = lambda: None,
         *,
         lead: bool = True,
-        fenced: asyncio.Event | None = None,
+        over: Callable[[Over], None] = lambda _: None,
     ) -> None:
-        self._engine = _engine(url)
-        self._before = before
+        self._engine = database.connect(url)
+        self._before, self._over = before, over
         self._waiting: list[tuple[str, Sequence[Event], asyncio.Future[None]]] = []
         self._wanted = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
-        self._fenced = fenced or asyncio.Event()
+        self._claim: database.Claim | None = None
         try:
+            if lead:
+                self._claim = database.Claim(self._engine)
+                database.upgrade(self._engine)
+            else:
+                database.require_current(self._engine)
             with self._engine.begin() as connection:
-                _metadata.create_all(connection)
-                row = connection.execute(select(_leadership)).first()
-                if row is None:
-                    connection.execute(insert(_leadership), {"schema_version": SCHEMA_VERSION, "epoch": 1})
-                elif row.schema_version > SCHEMA_VERSION:
-                    raise RunError(
-                        f"{url}: was written by a newer Hansa (schema {row.schema_version}); update hansa"
-                    )
-                elif lead:
-                    connection.execute(update(_leadership).values(epoch=_leadership.c.epoch + 1))
+                if lead:
+                    raised = connection.execute(update(_leadership).values(epoch=_leadership.c.epoch + 1))
+                    if not raised.rowcount:
+                        connection.execute(insert(_leadership), {"epoch": 1})
                 self.epoch: int = connection.scalars(select(_leadership.c.epoch)).one()
         except SQLAlchemyError as error:
-            raise RunError(f"{url}: the event log cannot be opened ({error})") from error
+            self._engine.dispose()
+            where = database.shown(self._engine.url)
+            raise RunError(f"{where}: the event log cannot be opened ({reason(error)})") from error
+        except BaseException:
+            self._engine.dispose()
+            raise
 
     @property
     def waiting(self) -> int:
@@ -185,8 +188,8 @@ class EventLog:
 
         Raises
         ------
-        Fenced
-            When another coordinator has taken over.
+        Over
+            When this process may write no more: another coordinator has taken over, say.
         """
         done = asyncio.get_running_loop().create_future()
         self._waiting.append((run, events, done))
@@ -201,7 +204,11 @@ class EventLog:
             self._wanted.clear()
             batch, self._waiting = self._waiting, []
             rows = [_row(run, each) for run, events, _ in batch for each in events]
-            error = await self._commit(rows)
+            error: Exception | None = None
+            try:
+                await self.insist(partial(self._insert, rows), "writing to the event log")
+            except Exception as raised:
+                error = raised
             for _, _, done in batch:
                 if done.done():
                     continue
@@ -210,20 +217,22 @@ class EventLog:
                 else:
                     done.set_exception(error)
 
-    async def _commit(self, rows: list[dict[str, Any]]) -> Fenced | None:
-        pause = _PATIENCE
-        while True:
+    async def insist(self, act: Callable[[], T], what: str, *, seconds: float = math.inf) -> T:
+        """:func:`hansa.server.patience.insist`, for what ends this process when it may not be done at all."""
+
+        def once() -> T:
             try:
-                await asyncio.to_thread(self._insert, rows)
-            except Fenced as error:
-                self._fenced.set()
-                return error
-            except (SQLAlchemyError, OSError) as error:
-                _log.error("the event log cannot be written; trying again", error=str(error), seconds=pause)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST)
-            else:
-                return None
+                return act()
+            except SQLAlchemyError:
+                if self._claim is not None:
+                    self._claim.renew()
+                raise
+
+        try:
+            return await insist(once, what, seconds=seconds)
+        except Over as error:
+            self._over(error)
+            raise
 
     def _insert(self, rows: list[dict[str, Any]]) -> None:
         self._before()
@@ -246,19 +255,31 @@ class EventLog:
         """End writing, and the database's connections."""
         if self._writer is not None:
             self._writer.cancel()
+        if self._claim is not None:
+            self._claim.release()
         self._engine.dispose()
 
     # Runs.
 
-    def submit(self, row: RunRow) -> None:
-        """Add a run."""
-        with self._leading() as connection:
-            connection.execute(insert(_runs), vars(row))
+    def submit(self, row: RunRow) -> RunRow:
+        """Add a run; returns the one of before when there is one of that key, or of that name."""
+        try:
+            with self._leading() as connection:
+                connection.execute(insert(_runs), vars(row))
+        except IntegrityError:
+            # It was added, and the word of it was lost with the connection.
+            return next(each for each in self.runs() if row.id == each.id or row.key == each.key)
+        return row
 
-    def mark(self, run: str, status: str, reason: str) -> None:
-        """Record how a run stands."""
+    def mark(
+        self, run: str, status: str, reason: str, rounds: int, last: Mapping[str, Any] | None = None
+    ) -> None:
+        """Record how a run stands; ``last`` are facts that take the snapshot's place where it has ended."""
+        facts = {"status": status, "reason": reason, "rounds": rounds}
         with self._leading() as connection:
-            connection.execute(update(_runs).where(_runs.c.id == run).values(status=status, reason=reason))
+            connection.execute(update(_runs).where(_runs.c.id == run).values(facts))
+            if last is not None:
+                _replace(connection, run, Snapshot(seq=0, digest="", facts=last))
 
     def runs(self) -> list[RunRow]:
         """All runs, in the order of their names, which is that of their submission."""
@@ -286,19 +307,17 @@ class EventLog:
                 raise RunError(f"{run}: event {seq} is missing from the log; restore it from a backup")
         return found
 
+    def update_of(self, run: str, client: int, number: int) -> str | None:
+        """Digest of the update of a job; ``None`` if none was accepted."""
+        job = (_events.c.run == run, _events.c.client == client, _events.c.number == number)
+        with self._engine.connect() as connection:
+            body = connection.scalar(select(_events.c.body).where(*job))
+        return None if body is None else str(json.loads(body)["digest"])
+
     def save(self, run: str, snapshot: Snapshot) -> None:
         """Keep a snapshot in place of older ones."""
         with self._leading() as connection:
-            connection.execute(_snapshots.delete().where(_snapshots.c.run == run))
-            connection.execute(
-                insert(_snapshots),
-                {
-                    "run": run,
-                    "seq": snapshot.seq,
-                    "digest": snapshot.digest,
-                    "facts": json.dumps(snapshot.facts),
-                },
-            )
+            _replace(connection, run, snapshot)
 
     def snapshot(self, run: str) -> Snapshot | None:
         """A run's newest snapshot."""
@@ -328,18 +347,11 @@ class _Leading:
         self._transaction.__exit__(*error)
 
 
+def _replace(connection: Connection, run: str, snapshot: Snapshot) -> None:
+    connection.execute(_snapshots.delete().where(_snapshots.c.run == run))
+    row = {**vars(snapshot), "run": run, "facts": json.dumps(snapshot.facts)}
+    connection.execute(insert(_snapshots), row)
+
+
 def _row(run: str, each: Event) -> dict[str, Any]:
     return {**vars(each), "run": run, "body": json.dumps(each.body, sort_keys=True)}
-
-
-def _engine(url: str) -> Engine:
-    engine = create_engine(url, pool_pre_ping=True)
-    if engine.dialect.name == "sqlite":
-
-        @event.listens_for(engine, "connect")
-        def _tune(connection: Any, _: object) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")  # durable when the commit returns
-            connection.execute("PRAGMA busy_timeout=10000")
-
-    return engine

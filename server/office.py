@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import shutil
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +20,16 @@ from hansa.core.store import new_run_directory
 from hansa.core.wire import federation_pb2 as pb
 from hansa.server.artefacts import Artefacts
 from hansa.server.events import EventLog, RunRow
+from hansa.server.past import Past
 from hansa.server.roster import Roster
 from hansa.server.runs import Run
-from hansa.strategies.catalog import assemble, imports, resolved
+from hansa.strategies.catalog import Federation, assemble, imports, resolved
 
 if TYPE_CHECKING:
     from hansa.server.agents import Attendant
+
+_SUBMITTING = 8.0  # seconds that a full disk or an absent database may delay a submission
+_KEY_LIMIT = 200
 
 _log = structlog.get_logger(__name__)
 
@@ -48,7 +54,7 @@ class Office:
         self.artefacts, self.roster = artefacts, Roster()
         self._events, self._folder, self._grace, self._code = log, folder, grace, code
         self._runs: dict[str, Run] = {}
-        self._past: dict[str, RunRow] = {}  # ended before this process began
+        self._past: dict[str, Past] = {}
         self._keys: dict[str, str] = {}
         self._agents: dict[str, Attendant] = {}
         self._submitting = asyncio.Lock()
@@ -61,72 +67,104 @@ class Office:
             if row.key:
                 self._keys[row.key] = row.id
             if row.status in ("finished", "failed"):
-                self._past[row.id] = row
+                self._past[row.id] = self._ended(row)
                 continue
             try:
-                run = await asyncio.to_thread(self._opened, row)
-                await asyncio.to_thread(run.recover)
+                self._begin(await self._events.insist(partial(self._recovered, row), f"{row.id}: recovering"))
             except HansaError as error:
                 _log.error("a run cannot be taken up", run=row.id, error=str(error))
-                self._past[row.id] = row
-                continue
-            self._begin(run)
+                self._past[row.id] = self._ended(row)
+        self.artefacts.clear(lambda run: run not in self._runs)
 
-    async def submit(self, toml: str, wait_for: int, key: str, owner: str) -> Run | RunRow:
+    async def submit(self, toml: str, wait_for: int, key: str, owner: str) -> Run | Past:
         """Start a run; with a ``key`` that its owner used before, the run of then.
 
         Raises
         ------
         InputError, DataError
             When the recipe cannot be run here.
+        StorageError
+            When it cannot be recorded now.
         """
         async with self._submitting:
             key = key and f"{owner}/{key}"
             if key and key in self._keys:
                 known = self._keys[key]
                 return self._runs.get(known) or self._past[known]
-            run = await asyncio.to_thread(self._made, toml, wait_for, key, owner)
+            row, federation = await asyncio.to_thread(self._drawn_up, toml, wait_for, key, owner)
+            run = await self._recorded(row, federation)
             if key:
                 self._keys[key] = run.id
             self._begin(run)
         return run
 
-    def _made(self, toml: str, wait_for: int, key: str, owner: str) -> Run:
+    def _drawn_up(self, toml: str, wait_for: int, key: str, owner: str) -> tuple[RunRow, Federation]:
         try:
             recipe = parse(tomllib.loads(toml))
         except tomllib.TOMLDecodeError as error:
             raise InputError("recipe", None, f"it is not TOML: {error}", "correct that line") from error
-        self._require_permitted(recipe)  # before anything that would import it
+        if len(key) > _KEY_LIMIT or not key.isprintable():
+            raise InputError("key", key, "it is no key", f"use up to {_KEY_LIMIT} letters and digits")
+        self._require_permitted(recipe)  # before anything that would import or read
         recipe = resolved(recipe)
         if recipe.attack is not None:
             raise InputError("attack", recipe.attack["name"], "attacks are simulated", "leave the table out")
-        with ALONE:
-            federation = assemble(recipe)
+        federation = self._assembled(recipe)
         if not 0 <= wait_for <= federation.clients:
             raise InputError(
                 "wait_for", wait_for, f"there are {federation.clients} clients", "use that many or fewer"
             )
-        directory = new_run_directory(self._folder, recipe.name)
         row = RunRow(
-            id=directory.name,
+            id=new_run_directory(self._folder, recipe.name).name,
             key=key or None,
             owner=owner,
             recipe=recipe.toml(),
             secret=secrets.token_bytes(32),
             wait_for=wait_for,
             status="waiting",
+            clients=federation.clients,
         )
-        run = Run(row, federation, directory, self._events, self.artefacts)
-        self._events.submit(row)
-        return run
+        return row, federation
 
-    def _opened(self, row: RunRow) -> Run:
+    async def _recorded(self, row: RunRow, federation: Federation) -> Run:
+        """The run in its directory and in the log; of none of both if one fails."""
+        what, run = "recording the run", None
+        try:
+            run = await self._events.insist(partial(self._opened, row, federation), what, seconds=_SUBMITTING)
+            known = await self._events.insist(partial(self._events.submit, row), what, seconds=_SUBMITTING)
+        except BaseException:
+            self._undo(run, row)
+            raise
+        if known.id == row.id:
+            return run
+        self._undo(run, row)  # this key was recorded before, and the word of it was lost
+        return await self._events.insist(partial(self._recovered, known), what, seconds=_SUBMITTING)
+
+    def _undo(self, run: Run | None, row: RunRow) -> None:
+        if run is not None:
+            run.close()
+        shutil.rmtree(self._folder / row.id, ignore_errors=True)
+
+    def _recovered(self, row: RunRow) -> Run:
         recipe = parse(tomllib.loads(row.recipe))
         self._require_permitted(recipe)
+        run = self._opened(row, self._assembled(recipe))
+        try:
+            run.recover()
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _assembled(self, recipe: Recipe) -> Federation:
         with ALONE:
-            federation = assemble(recipe)
-        directory = self._folder / row.id
-        return Run(row, federation, directory, self._events, self.artefacts)
+            return assemble(recipe)
+
+    def _opened(self, row: RunRow, federation: Federation) -> Run:
+        return Run(row, federation, self._folder / row.id, self._events, self.artefacts)
+
+    def _ended(self, row: RunRow) -> Past:
+        return Past(row, self._folder / row.id, self._events)
 
     def _require_permitted(self, recipe: Recipe) -> None:
         for field, path in imports(recipe):
@@ -140,33 +178,49 @@ class Office:
 
     def _begin(self, run: Run) -> None:
         self._runs[run.id] = run
-        run.start()
+        run.start(self._retire)
         if run.active:
             self._gather(run)
+
+    def _retire(self, run: Run) -> None:
+        """An ended run lets go of its hub."""
+        if run.status in ("finished", "failed") and self._runs.pop(run.id, None) is not None:
+            run.close()
+            self._past[run.id] = self._ended(run.row())
+            self.artefacts.clear(lambda each: each == run.id)
 
     def _gather(self, run: Run) -> None:
         for attendant in self._agents.values():
             run.arrive(attendant, attendant.clients(run.federation.clients))
-        absent = [client for client in run.machine.there if client not in run.workers]
-        asyncio.get_running_loop().call_later(self._grace, run.give_up, absent)
+        self._expect(run, [client for client in run.machine.there if client not in run.workers])
+
+    def _expect(self, run: Run, clients: Sequence[int]) -> None:
+        """These clients' jobs are lost unless their agents come back in time."""
+
+        def give_up(id: str) -> None:
+            if (still := self._runs.get(id)) is not None:
+                still.give_up(clients)
+
+        if clients:
+            asyncio.get_running_loop().call_later(self._grace, give_up, run.id)
 
     async def resume(self, run: Run) -> None:
         """Go on with an interrupted run."""
         await run.resume()
         self._gather(run)
 
-    def run(self, id: str) -> Run | None:
-        """A run of this process."""
-        return self._runs.get(id)
+    def run(self, id: str) -> Run | Past | None:
+        """A run of that name."""
+        return self._runs.get(id) or self._past.get(id)
 
-    def runs(self) -> list[Run | RunRow]:
+    def runs(self) -> list[Run | Past]:
         """All, in the order of their submission."""
-        everything: dict[str, Run | RunRow] = {**self._past, **self._runs}
+        everything: dict[str, Run | Past] = {**self._past, **self._runs}
         return [each for _, each in sorted(everything.items())]
 
     async def close(self) -> None:
         """End all runs' tasks; the log has everything."""
-        for run in self._runs.values():
+        for run in list(self._runs.values()):
             await run.end()
 
     # Agents.
@@ -193,8 +247,8 @@ class Office:
         _log.info("an agent went", agent=attendant.name)
         for run in self._runs.values():
             clients = run.depart(attendant)
-            if clients and run.active:
-                asyncio.get_running_loop().call_later(self._grace, run.give_up, clients)
+            if run.active:
+                self._expect(run, clients)
 
     def gauge(self, sample: pb.Sample) -> None:
         """Fill in what is here now."""

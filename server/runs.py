@@ -8,13 +8,15 @@ strength of an event that a crash could undo.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import hashlib
 import hmac
+import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import structlog
 from safetensors import SafetensorError
@@ -26,17 +28,20 @@ from hansa.core.hub import Hub
 from hansa.core.recipe import Recipe
 from hansa.core.store import ClientScores, Round, RunStore
 from hansa.core.trees import Tree
+from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2 import TensorInfo
 from hansa.core.wire.tensors import pack, unpack_file
 from hansa.server.artefacts import Artefacts
 from hansa.server.crash import point
-from hansa.server.events import Event, EventLog, Fenced, RunRow, Snapshot
+from hansa.server.events import Event, EventLog, RunRow, Snapshot
 from hansa.server.figures import FIGURES
+from hansa.server.leases import Lease
 from hansa.server.machine import Effects, Machine, Open, Verdict
+from hansa.server.patience import Over
 from hansa.strategies.catalog import Federation
 from hansa.strategies.evaluate import Evaluator
 
-_MAC = 16
+T = TypeVar("T")
 
 
 class Worker(Protocol):
@@ -53,24 +58,6 @@ class Worker(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Lease:
-    """What a job's lease says: whose it is. It is signed, so it needs no table."""
-
-    run: str
-    client: int
-    number: int
-
-
-def read_lease(lease: bytes) -> Lease | None:
-    """What a lease claims; :meth:`Run.honours` says whether it is true."""
-    text, _, _ = lease[:-_MAC].decode("ascii", "replace").rpartition("|")
-    parts = text.split("|")
-    if len(lease) > 256 or len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
-        return None
-    return Lease(parts[0], int(parts[1]), int(parts[2]))
-
-
 class Run:
     """One run.
 
@@ -78,11 +65,13 @@ class Run:
     ----------
     machine: its state. status: waiting, running, finished, interrupted or failed.
     owner: who submitted it. recipe_blob: the recipe as agents receive it.
+    told: its rounds, as they are told to who watches.
     """
 
     def __init__(
         self, row: RunRow, federation: Federation, directory: Path, log: EventLog, artefacts: Artefacts
     ) -> None:
+        self._row = row
         self.id, self.owner, self._secret, self.wait_for = row.id, row.owner, row.secret, row.wait_for
         self.directory, self.federation = directory, federation
         self.status, self.reason = row.status, row.reason
@@ -92,19 +81,22 @@ class Run:
         self._log = structlog.get_logger(__name__).bind(run=row.id)
         self._store = _record(directory, federation, row.recipe)
         self._recorded = max((each.index for each in self._store.rounds()), default=0)
+        self.told: list[pb.Round] = []
         self._evaluator = Evaluator(
             federation, seed=federation.recipe.seed, clients=federation.recipe.evaluation.clients
         )
         self.machine = Machine(federation, self.load, self._score)
         self.workers: dict[int, Worker] = {}
         self._inbox: asyncio.Queue[tuple[dict[str, Any], asyncio.Future[Verdict]]] = asyncio.Queue()
+        self._unanswered: list[asyncio.Future[Verdict]] = []
         self._taken: dict[tuple[int, int], str] = {}  # (client, number) -> digest of its update
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._task: asyncio.Task[None] | None = None
         self._clock = 0.0
         self._saved = 0  # version of the last snapshot
+        self._deaf: Over | Literal["late"] | None = None  # what everyone is told once work has ended
+        self._steering = asyncio.Lock()
         self.watchers: set[asyncio.Event] = set()
-        self.rounds: list[Round] = []
 
     # Life.
 
@@ -117,8 +109,8 @@ class Run:
             self.machine.restore(snapshot.seq, tensors, snapshot.facts, self._artefacts.get)
         replayed = self._events.events(self.id, self.machine.seq)
         for event in replayed:
-            effects = self.machine.apply(event)
-            self._keep_rounds(effects.rounds)
+            for done in self.machine.apply(event).rounds:
+                self._keep(done)
         for event in self._events.events(self.id):
             if event.client is not None and event.number is not None:
                 self._taken[event.client, event.number] = event.body["digest"]
@@ -134,20 +126,33 @@ class Run:
                 seconds=round(time.monotonic() - began, 3),
             )
 
-    def start(self) -> None:
-        """Begin, or go on, with whoever is there."""
+    def start(self, ended: Callable[[Run], None]) -> None:
+        """Begin, or go on, with whoever is there; ``ended`` is called when nothing will happen any more."""
         self._clock = time.monotonic() - self.machine.now
         self._task = asyncio.create_task(self._work(), name=f"run {self.id}")
+        self._task.add_done_callback(lambda _: ended(self))
         self._set_alarms()
 
     async def end(self) -> None:
         """Stop working; what is in the log stays."""
-        for timer in self._timers.values():
-            timer.cancel()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self.close()
+
+    def close(self) -> None:
+        """Give back the record's lock, and let the timers go."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
         self._store.close()
+
+    def row(self) -> RunRow:
+        """As the log has it."""
+        rounds, clients = self.machine.hub.state.version, self.federation.clients
+        return dataclasses.replace(
+            self._row, status=self.status, reason=self.reason, rounds=rounds, clients=clients
+        )
 
     @property
     def active(self) -> bool:
@@ -173,51 +178,84 @@ class Run:
 
     def lease(self, client: int, number: int) -> bytes:
         """The lease of a job."""
-        claim = f"{self.id}|{client}|{number}|".encode()
-        return claim + hmac.digest(self._secret, claim, "sha256")[:_MAC]
+        return Lease(self.id, client, number).signed(self._secret)
 
     def honours(self, lease: bytes, claim: Lease) -> bool:
         """Whether this run gave that lease."""
-        return hmac.compare_digest(lease, self.lease(claim.client, claim.number))
+        return hmac.compare_digest(lease, claim.signed(self._secret))
 
-    def taken(self, claim: Lease) -> str | None:
-        """Digest of the update of a job that is in the log."""
-        return self._taken.get((claim.client, claim.number))
+    def holder(self, client: int) -> str | None:
+        """The agent that speaks for a client."""
+        return self.machine.seats.get(client)
 
-    def counted(self, claim: Lease) -> bool:
-        """Whether that update came in time."""
-        return (claim.client, claim.number) not in self.machine.late
+    def accepted(self, claim: Lease) -> tuple[str, bool] | None:
+        """Digest of the update of a job, and whether it counted; ``None`` if none was accepted."""
+        job = claim.client, claim.number
+        digest = self._taken.get(job)
+        return None if digest is None else (digest, job not in self.machine.late)
 
     # What happens.
 
     async def tell(self, kind: str, **facts: Any) -> Verdict:
-        """Something happened: returns when it is durable, with the verdict on an update."""
-        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._inbox.put_nowait(({"kind": kind, **facts}, answer))
-        return await answer
+        """Something happened: returns when it is durable, with the verdict on an update.
+
+        Raises
+        ------
+        Over
+            When this process may write no more.
+        """
+        match self._deaf:
+            case None:
+                return await self._queue(kind, facts)
+            case "late":
+                return "late"
+            case error:
+                raise error
 
     def hear(self, kind: str, **facts: Any) -> None:
         """:meth:`tell` without waiting."""
+        if self._deaf is None:
+            self._queue(kind, facts)
+
+    def _queue(self, kind: str, facts: Mapping[str, Any]) -> asyncio.Future[Verdict]:
         answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self._inbox.put_nowait(({"kind": kind, **facts}, answer))
+        return answer
 
     async def _work(self) -> None:
         try:
-            if self.active and self.machine.ended is not None:  # it was about to be told
-                await self._let_out(Effects())
-            while True:
+            await self._close_if_ended()  # it was about to be, when the process ended
+            while self.active or self.status == "interrupted":
                 batch = [await self._inbox.get()]
                 while not self._inbox.empty():
                     batch.append(self._inbox.get_nowait())
-                await self._process(batch)
-        except Fenced as error:
+                try:
+                    await self._process(batch)
+                finally:
+                    self._unanswered = [answer for _, answer in batch]
+        except Over as error:
             self._log.error("the run ends here", error=str(error))
+            self._deaf = error
         except HansaError as error:
             self._log.error("the run failed", error=str(error))
-            self._fail(error)
+            await self._fail(error)
         except Exception as error:
             self._log.exception("the run failed")
-            self._fail(error)
+            await self._fail(error)
+        self._deaf = self._deaf or "late"
+        while not self._inbox.empty():
+            self._unanswered.append(self._inbox.get_nowait()[1])
+        for answer in self._unanswered:
+            if answer.done():
+                continue
+            if isinstance(self._deaf, Over):
+                answer.set_exception(self._deaf)
+                answer.exception()  # most do not wait for it
+            else:
+                answer.set_result("late")
+
+    async def _insist(self, act: Callable[[], T], what: str) -> T:
+        return await self._events.insist(act, f"{self.id}: {what}")
 
     async def _process(self, batch: Sequence[tuple[dict[str, Any], asyncio.Future[Verdict]]]) -> None:
         numbered: list[tuple[Event, list[asyncio.Future[Verdict]]]] = []
@@ -249,7 +287,8 @@ class Run:
             await self._let_out(effects)
             if event.kind == "failed" and self.active and not (self.machine.there or self.machine.open):
                 raise RunError(f"no client is left to ask; the last one said: {event.body['reason']}")
-        if self._inbox.empty():
+        await self._close_if_ended()
+        if self.active and self._inbox.empty():
             await self._snapshot_if_due()
 
     async def _let_out(self, effects: Effects) -> None:
@@ -261,16 +300,12 @@ class Run:
             worker = self.workers.get(job.client)
             if worker is not None and self.job(job) is not None:
                 worker.push(self, job)
-        if effects.rounds:
-            await asyncio.to_thread(self._keep_rounds, effects.rounds)
+        for done in effects.rounds:
+            await self._insist(functools.partial(self._keep, done), "recording a round")
             self._wake_watchers()
         self._set_alarms()
-        if self.machine.ended is not None and self.active:
-            self._recall_all()
-            await asyncio.to_thread(self._finish, self.machine.ended)
-            self._wake_watchers()
-        elif self.status == "waiting" and self.machine.there:
-            self._mark("running", "")
+        if self.status == "waiting" and self.machine.there:
+            await self._mark("running", "")
 
     def _wake_watchers(self) -> None:
         for watcher in self.watchers:
@@ -305,31 +340,49 @@ class Run:
             return {}, None  # what clients keep to themselves is not here
         return self._evaluator(hub, {})
 
-    def _keep_rounds(self, rounds: Sequence[Round]) -> None:
-        for done in rounds:
-            self.rounds.append(done)
-            if done.index > self._recorded:  # a replay makes rounds again
-                self._store.append(done)
-                self._recorded = done.index
-                FIGURES.rounds.inc()
-                self._log.info(
-                    "round", round=done.index, **{k: v for k, v in done.metrics.items() if k in _TOLD}
-                )
+    def _keep(self, done: Round) -> None:
+        if done.index > self._recorded:  # a replay makes rounds again
+            self._store.append(done)
+            self._recorded = done.index
+            FIGURES.rounds.inc()
+            self._log.info("round", round=done.index, **{k: v for k, v in done.metrics.items() if k in _TOLD})
+        self.told.append(
+            pb.Round(
+                index=done.index,
+                time=done.time,
+                bytes_up=done.bytes_up,
+                bytes_down=done.bytes_down,
+                asked=len(done.participants),
+                folded=sum(each.outcome == "folded" for each in done.participants),
+                metrics=dict(done.metrics),
+            )
+        )
 
-    def _finish(self, reason: str) -> None:
+    async def _close_if_ended(self) -> None:
+        """After the batch in which the hub stopped: what came too late is known then."""
+        reason = self.machine.ended
+        if reason is None or not self.active:
+            return
+        self._recall_all()
         point("before-model")
-        packed = pack(self.machine.hub.model())
-        draft = self.model.with_suffix(".part")
-        try:
-            draft.write_bytes(packed.data)
-            draft.replace(self.model)
-        except OSError as error:
-            raise RunError(f"{self.model}: the model cannot be written ({error.strerror})") from error
-        self._store.event(self.machine.now, "finished", reason)
-        self._store.finish("finished")
+        packed = await asyncio.to_thread(pack, self.machine.hub.model())
+        await self._insist(lambda: self._write_model(packed.data), "writing the model")
+        await self._insist(
+            lambda: self._store.event(self.machine.now, "finished", reason), "recording the end"
+        )
+        await self._insist(lambda: self._store.finish("finished"), "recording the end")
         point("after-model")
-        self._mark("finished", reason)
+        await self._mark("finished", reason, over=True)
+        self._wake_watchers()
         self._log.info("finished", reason=reason, model=packed.digest)
+
+    def _write_model(self, data: bytes) -> None:
+        draft = self.model.with_suffix(".part")
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self.model)
 
     @property
     def model(self) -> Path:
@@ -338,8 +391,8 @@ class Run:
 
     async def _snapshot_if_due(self) -> None:
         version = self.machine.hub.state.version
-        if self.active and version - self._saved >= self.federation.recipe.engine.checkpoint_every:
-            await asyncio.to_thread(self._snapshot)
+        if version - self._saved >= self.federation.recipe.engine.checkpoint_every:
+            await self._insist(self._snapshot, "keeping a snapshot")
             self._saved = version
 
     def _snapshot(self) -> None:
@@ -351,13 +404,18 @@ class Run:
 
     async def stop(self) -> None:
         """Interrupt it; agents throw away what they are doing."""
-        if not self.active:
-            return
-        await self.tell("stopped")
-        self._recall_all()
-        self._store.finish("interrupted", "stopped on request")
-        self._mark("interrupted", "stopped on request")
-        self._wake_watchers()
+        async with self._steering:
+            if not self.active:
+                return
+            await self.tell("stopped")
+            if not self.active:  # it ended by itself meanwhile
+                return
+            self.status = "interrupted"
+            self._recall_all()
+            why = "stopped on request"
+            await self._insist(lambda: self._store.finish("interrupted", why), "recording the interruption")
+            await self._mark("interrupted", why)
+            self._wake_watchers()
 
     def _recall_all(self) -> None:
         for mine in self.machine.open.values():
@@ -368,35 +426,40 @@ class Run:
 
     async def resume(self) -> None:
         """Go on after :meth:`stop`, with the jobs that were open."""
-        if self.status != "interrupted":
-            raise RunError(f"{self.id}: this run is {self.status}; only an interrupted one can be resumed")
-        self._store.truncate(self._recorded)
-        self._mark("running" if self.machine.there else "waiting", "")
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
-        self._clock = time.monotonic() - self.machine.now  # the clock stood
-        await self.tell("resumed")
-        for client, worker in self.workers.items():
-            for job in self.machine.open.get(client, {}).values():
-                if job.update is None:
-                    worker.push(self, job)
+        async with self._steering:
+            if self.status != "interrupted":
+                raise RunError(
+                    f"{self.id}: this run is {self.status}; only an interrupted one can be resumed"
+                )
+            await self._insist(lambda: self._store.truncate(self._recorded), "resuming")
+            await self._mark("running" if self.machine.there else "waiting", "")
+            for timer in self._timers.values():
+                timer.cancel()
+            self._timers.clear()
+            self._clock = time.monotonic() - self.machine.now  # the clock stood
+            await self.tell("resumed")
+            for client, worker in self.workers.items():
+                for job in self.machine.open.get(client, {}).values():
+                    if job.update is None:
+                        worker.push(self, job)
 
-    def _fail(self, error: BaseException) -> None:
+    async def _fail(self, error: BaseException) -> None:
         try:
-            self._store.finish("failed", str(error))
-            self._mark("failed", str(error))
+            await self._insist(lambda: self._store.finish("failed", str(error)), "recording the failure")
+            await self._mark("failed", str(error), over=True)
         except HansaError:
             self._log.exception("the failure could not be recorded")
-        self.status, self.reason = "failed", str(error)
+            self.status, self.reason = "failed", str(error)
         self._recall_all()
         self._wake_watchers()
-        while not self._inbox.empty():
-            _, answer = self._inbox.get_nowait()
-            answer.cancel()
 
-    def _mark(self, status: str, reason: str) -> None:
-        self._events.mark(self.id, status, reason)
+    async def _mark(self, status: str, reason: str, *, over: bool = False) -> None:
+        """``over``: for good; then only what :class:`~hansa.server.past.Past` asks is kept of its state."""
+        machine, last = self.machine, None
+        if over:
+            last = {"seats": sorted(machine.seats.items()), "late": sorted(machine.late)}
+        facts = self.id, status, reason, machine.hub.state.version, last
+        await self._insist(lambda: self._events.mark(*facts), "recording how it stands")
         self.status, self.reason = status, reason
 
     # Who is there.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 from collections import Counter
@@ -161,15 +160,15 @@ def test_a_coordinator_whose_log_was_taken_over_writes_nothing_more(tmp_path: Pa
     url = f"sqlite:///{tmp_path / 'events.db'}"
 
     async def scene() -> None:
-        taken = asyncio.Event()
-        old = EventLog(url, fenced=taken)
+        taken: list[Exception] = []
+        old = EventLog(url, over=taken.append)
         await old.append("r", [Event(seq=1, at=0.0, kind="stopped")])
         new = EventLog(url)
         with pytest.raises(Fenced):
             await old.append("r", [Event(seq=2, at=1.0, kind="stopped")])
         with pytest.raises(Fenced):
-            old.mark("r", "failed", "")
-        assert taken.is_set()
+            old.mark("r", "failed", "", 0)
+        assert [type(each) for each in taken] == [Fenced]
         await new.append("r", [Event(seq=2, at=2.0, kind="resumed")])
         assert [(each.seq, each.kind) for each in new.events("r")] == [(1, "stopped"), (2, "resumed")]
         await old.close()
