@@ -64,6 +64,15 @@ def coordinator_start(
         typer.Option(metavar="HOST:PORT", help="Where join tokens are taken; nowhere if empty."),
     ] = None,
     metrics: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="For Prometheus.")] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            envvar="HANSA_DATABASE",
+            metavar="URL",
+            show_default="SQLite in the data folder",
+            help="The event log's database: postgresql://USER@HOST/NAME.",
+        ),
+    ] = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. What was acknowledged survives any end.
 
@@ -76,6 +85,7 @@ def coordinator_start(
 
     _log_lines()
     overrides = {"listen": listen, "data": data, "runs": runs, "metrics": metrics, "enrolment": enrolment}
+    overrides["database"] = database
     here = Path("pki") if config is None and (Path("pki") / "authority.key").is_file() else None
     asyncio.run(serve(read_config(config, {**overrides, "pki": pki or here})))
 

@@ -175,7 +175,7 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
         if enrolling is not None:
             await enrolling.stop(None)
         await office.close()
-        await log.close()
+        log.close()
         if metrics is not None:
             metrics.shutdown()
             metrics.server_close()

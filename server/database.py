@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +97,10 @@ def shown(where: URL) -> str:
 class Claim:
     """The leader's lock on a PostgreSQL database; on SQLite nothing. Held until :meth:`release`.
 
+    Attributes
+    ----------
+    doubted: something went wrong since it was taken.
+
     Raises
     ------
     RunError
@@ -108,20 +111,33 @@ class Claim:
         self._engine = engine
         self._session: Connection | None = None
         self._lock = threading.Lock()
+        self.doubted = False
         if engine.dialect.name == "postgresql" and not self._taken(_HANDOVER):
             raise RunError(f"{shown(engine.url)}: another coordinator leads here; stop it first")
 
-    def renew(self) -> None:
-        """Take it again if its session was lost and it is free: which of two leads, the epoch decides."""
+    def renew(self) -> bool:
+        """Take it again if its session was lost; returns whether it is held.
+
+        Raises
+        ------
+        SQLAlchemyError
+            When the database is away.
+        """
         with self._lock:
-            if self._session is None:
-                return
-            try:
-                self._session.execute(_ALIVE)
-            except SQLAlchemyError:
-                with suppress(SQLAlchemyError):  # the database is still away; there will be another try
-                    self._session.close()
-                    self._taken(0.0)
+            if self._session is not None and not self._alive(self._session):
+                self._session.close()
+                if not self._taken(_HANDOVER):
+                    return False
+            self.doubted = False
+            return True
+
+    @staticmethod
+    def _alive(session: Connection) -> bool:
+        try:
+            session.execute(_ALIVE)
+        except SQLAlchemyError:
+            return False
+        return True
 
     def _taken(self, patience: float) -> bool:
         session = self._session = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")

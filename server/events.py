@@ -171,11 +171,11 @@ class EventLog:
                         connection.execute(insert(_leadership), {"epoch": 1})
                 self.epoch: int = connection.scalars(select(_leadership.c.epoch)).one()
         except SQLAlchemyError as error:
-            self._engine.dispose()
+            self._disconnect()
             where = database.shown(self._engine.url)
             raise RunError(f"{where}: the event log cannot be opened ({reason(error)})") from error
         except BaseException:
-            self._engine.dispose()
+            self._disconnect()
             raise
 
     @property
@@ -222,10 +222,12 @@ class EventLog:
 
         def once() -> T:
             try:
+                if self._claim is not None and self._claim.doubted and not self._claim.renew():
+                    raise Fenced("another coordinator leads this event log now; this one ends")
                 return act()
             except SQLAlchemyError:
                 if self._claim is not None:
-                    self._claim.renew()
+                    self._claim.doubted = True
                 raise
 
         try:
@@ -251,10 +253,13 @@ class EventLog:
     def _leading(self) -> _Leading:
         return _Leading(self._engine, self.epoch)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End writing, and the database's connections."""
         if self._writer is not None:
             self._writer.cancel()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._claim is not None:
             self._claim.release()
         self._engine.dispose()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,11 @@ def verify(run: str, *, database: str, artefacts: Path, runs: Path) -> Verified:
     RunError
         Telling what is missing, damaged or different.
     """
-    log = EventLog(database, lead=False)
+    with closing(EventLog(database, lead=False)) as log:
+        return _verified(log, run, artefacts=artefacts, runs=runs)
+
+
+def _verified(log: EventLog, run: str, *, artefacts: Path, runs: Path) -> Verified:
     row = next((each for each in log.runs() if each.id == run), None)
     if row is None:
         raise RunError(f"{run}: the event log has no such run")

@@ -49,6 +49,7 @@ class Floor:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs, self.data = folder, folder / "runs", folder / "coordinator"
+        self.database: str | None = None  # in ``data`` unless set
         self.port = 0
 
     @asynccontextmanager
@@ -58,6 +59,7 @@ class Floor:
             listen=f"127.0.0.1:{self.port}",
             data=self.data,
             runs=self.runs,
+            database=self.database,
             limits=Limits(**{"heartbeat": 30.0, "grace": 120.0, **limits}),
         )
         async with coordinator(config) as self.port, self.channel("user") as channel:
@@ -89,6 +91,11 @@ class Floor:
             for each in tasks:
                 each.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def url(self) -> str:
+        """Of the event log."""
+        return self.database or f"sqlite:///{self.data / 'events.db'}"
 
     def model(self, run: str) -> Tree:
         """The model that a run ended with."""
@@ -134,9 +141,4 @@ def play(scene: Coroutine[Any, Any, Any]) -> Any:
 
 def checked(floor: Floor, run: str) -> Verified:
     """What an audit of a finished run finds."""
-    return verify(
-        run,
-        database=f"sqlite:///{floor.data / 'events.db'}",
-        artefacts=floor.data / "artefacts",
-        runs=floor.runs,
-    )
+    return verify(run, database=floor.url, artefacts=floor.data / "artefacts", runs=floor.runs)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import signal
 from collections import Counter
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from floor import Floor, checked, end, play, small, submit, until
 from zygote import Zygote
@@ -18,7 +19,7 @@ from hansa.core.errors import RunError
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import ControlStub
 from hansa.server.app import Config, coordinator
-from hansa.server.events import Event, EventLog, Fenced
+from hansa.server.events import Event, EventLog
 from hansa.simulation.simulator import Simulator
 from hansa.strategies.catalog import assemble
 
@@ -41,9 +42,13 @@ class Process:
         floor.data.mkdir(exist_ok=True)
         self._announced = floor.data / "address"
         self._announced.unlink(missing_ok=True)
-        listen = f"127.0.0.1:{floor.port}"
-        command = ["coordinator", "start", "--listen", listen, "--data", str(floor.data)]
-        self.pid = zygote.start([*command, "--runs", str(floor.runs)], floor.folder / "log", **environment)
+        config = floor.folder / "coordinator.toml"
+        facts = {"listen": f"127.0.0.1:{floor.port}", "data": str(floor.data), "runs": str(floor.runs)}
+        if floor.database is not None:
+            facts["database"] = floor.database
+        config.write_text(tomli_w.dumps(facts))
+        command = ["coordinator", "start", "--config", str(config)]
+        self.pid = zygote.start(command, floor.folder / "log", **environment)
 
     async def port(self) -> int:
         """Where it listens, as soon as it does."""
@@ -57,12 +62,14 @@ class Process:
 
 
 def events(floor: Floor, run: str) -> list[Event]:
-    return EventLog(f"sqlite:///{floor.data / 'events.db'}", lead=False).events(run)
+    with closing(EventLog(floor.url, lead=False)) as log:
+        return log.events(run)
 
 
 def test_a_coordinator_killed_at_every_point(
-    floor: Floor, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+    floor: Floor, database: str, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    floor.database = database
     recipe = small(
         algorithm={"name": "scaffold"}, stop={"rounds": 9}, engine={"dtype": "float64", "checkpoint_every": 2}
     )
@@ -152,38 +159,6 @@ def test_a_second_coordinator_is_turned_away(floor: Floor) -> None:
             with pytest.raises(RunError, match="another coordinator leads here"):
                 async with coordinator(Config(listen="127.0.0.1:0", data=floor.data, runs=floor.runs)):
                     pass
-
-    play(scene())
-
-
-def test_a_coordinator_whose_log_was_taken_over_writes_nothing_more(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'events.db'}"
-
-    async def scene() -> None:
-        taken: list[Exception] = []
-        old = EventLog(url, over=taken.append)
-        await old.append("r", [Event(seq=1, at=0.0, kind="stopped")])
-        new = EventLog(url)
-        with pytest.raises(Fenced):
-            await old.append("r", [Event(seq=2, at=1.0, kind="stopped")])
-        with pytest.raises(Fenced):
-            old.mark("r", "failed", "", 0)
-        assert [type(each) for each in taken] == [Fenced]
-        await new.append("r", [Event(seq=2, at=2.0, kind="resumed")])
-        assert [(each.seq, each.kind) for each in new.events("r")] == [(1, "stopped"), (2, "resumed")]
-        await old.close()
-        await new.close()
-
-    play(scene())
-
-
-def test_a_log_with_a_hole_is_refused(tmp_path: Path) -> None:
-    async def scene() -> None:
-        log = EventLog(f"sqlite:///{tmp_path / 'events.db'}")
-        await log.append("r", [Event(seq=each, at=0.0, kind="stopped") for each in (1, 2, 4)])
-        with pytest.raises(RunError, match="event 3 is missing"):
-            log.events("r")
-        await log.close()
 
     play(scene())
 
