@@ -161,7 +161,9 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
     await server.start()
     await state.set("", health_pb2.HealthCheckResponse.SERVING)
     host = config.listen.rpartition(":")[0]
-    (config.data / "address").write_text(f"{host}:{port}")
+    announced = config.data / "address"
+    announced.with_suffix(".part").write_text(f"{host}:{port}")
+    announced.with_suffix(".part").replace(announced)  # whoever waits for it never reads half
     _log.info("listening", port=port, epoch=log.epoch, secure=authority is not None)
     watching = asyncio.create_task(condition.watch(), name="samples")
     try:
@@ -176,6 +178,7 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
             await enrolling.stop(None)
         await office.close()
         log.close()
+        artefacts.close()
         if metrics is not None:
             metrics.shutdown()
             metrics.server_close()

@@ -111,6 +111,14 @@ class Artefacts:
         for file in files:
             file.close()
 
+    def close(self) -> None:
+        """Let go of what was not settled: no event names it."""
+        with self._lock:
+            files, self._unsettled = self._unsettled, []
+        for file in files:
+            file.close()
+        self._disk.shutdown()
+
     def clear(self, unwanted: Callable[[str], bool]) -> None:
         """Forget the uploads under way to runs that are ``unwanted``."""
         for path in self._spool.iterdir():

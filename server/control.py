@@ -150,7 +150,7 @@ class Control(ControlServicer):
             status.clients, status.present = run.federation.clients, len(run.workers)
             status.planned, status.open = run.federation.recipe.stop.rounds, run.open
         else:
-            status.rounds, status.clients = run.rounds, run.clients
+            status.rounds, status.clients, status.planned = run.rounds, run.clients, run.planned
         summary = self._summaries.get(run.id)
         if summary is None:
             summary = await asyncio.to_thread(_summary, self._folder / run.id)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hmac
+import tomllib
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
+from hansa.core.recipe import parse
 from hansa.core.store import RunStore
 from hansa.core.wire import federation_pb2 as pb
 from hansa.server.events import EventLog, RunRow
@@ -25,7 +27,7 @@ class Past:
     def __init__(self, row: RunRow, directory: Path, log: EventLog) -> None:
         self.id, self.owner, self.status, self.reason = row.id, row.owner, row.status, row.reason
         self.rounds, self.clients, self.directory = row.rounds, row.clients, directory
-        self._secret, self._log = row.secret, log
+        self._secret, self._recipe, self._log = row.secret, row.recipe, log
 
     def honours(self, lease: bytes, claim: Lease) -> bool:
         """Whether this run gave that lease."""
@@ -58,6 +60,11 @@ class Past:
             )
             for each in rounds
         ]
+
+    @cached_property
+    def planned(self) -> int:
+        """Rounds that it was to make."""
+        return parse(tomllib.loads(self._recipe)).stop.rounds
 
     @cached_property
     def _facts(self) -> dict[str, list[list[int | str]]]:

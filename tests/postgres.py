@@ -33,7 +33,7 @@ class Postgres:
         assert found is not None
         self._binaries = found
         self._count = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[Any] | None = None
 
     def __enter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="hansa-pg-"))
@@ -57,16 +57,17 @@ class Postgres:
         settings = {"listen_addresses": "", "unix_socket_directories": self._folder, "fsync": "off"}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         command = [str(self._binaries / "postgres"), "-D", "data", *options]
-        self._process = subprocess.Popen(
+        process: subprocess.Popen[Any] = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={}, **self._who
         )
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
+        self._process = process
+        assert process.stderr is not None
+        for line in process.stderr:
             if b"ready to accept connections" in line:
                 return
         raise AssertionError("PostgreSQL did not start")
 
-    def stop(self, number: int = signal.SIGINT) -> None:
+    def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """SIGINT ends all sessions in good order, SIGKILL as a crash would."""
         if self._process is not None:
             self._process.send_signal(number)

@@ -14,6 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from floor import play
+from sqlalchemy.exc import OperationalError
 
 from hansa.core.errors import InputError, RunError, StorageError
 from hansa.server import database as databases
@@ -98,7 +99,7 @@ def test_a_commit_whose_answer_was_lost_counts_once(database: str, monkeypatch: 
     def losing(self: Any, *error: Any) -> None:
         leave(self, *error)
         if next(lost) == 0:
-            raise sa.exc.OperationalError("COMMIT", None, ConnectionError("reset"))
+            raise OperationalError("COMMIT", None, ConnectionError("reset"))
 
     async def scene() -> None:
         log = EventLog(database)
