@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 import structlog
 
+from hansa.core.trust.identity import Identity
 from hansa.core.wire import PIECE, stranger, version
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import AgentsServicer
@@ -67,8 +68,8 @@ class Limits:
 class Attendant:
     """An agent whose stream is open."""
 
-    def __init__(self, name: str, hello: pb.Hello, roster: Roster) -> None:
-        self.name, self.hello, self._roster = name, hello, roster
+    def __init__(self, who: Identity, hello: pb.Hello, roster: Roster) -> None:
+        self.name, self.serial, self.hello, self._roster = who.name, who.serial, hello, roster
         self.out: asyncio.Queue[pb.ToAgent | None] = asyncio.Queue()  # None: another took its place
         self._holding = {bytes(each) for each in hello.holding}
 
@@ -142,7 +143,7 @@ class Agents(AgentsServicer):
             await self._refuse(context, Code.FAILED_PRECONDITION, name, reason)
         if len(hello.holding) > 100_000 or hello.seats.of > 1_000_000 or len(hello.seats.clients) > 100_000:
             await self._refuse(context, Code.INVALID_ARGUMENT, name, "the hello is too long")
-        attendant = Attendant(name, hello, self._office.roster)
+        attendant = Attendant(caller().identity, hello, self._office.roster)
         attendant.out.put_nowait(
             pb.ToAgent(welcome=pb.Welcome(version=version(), heartbeat=self._limits.heartbeat, name=name))
         )

@@ -40,6 +40,7 @@ from hansa.server.events import EventLog
 from hansa.server.figures import FIGURES, Condition
 from hansa.server.office import Office
 from hansa.server.patience import Over
+from hansa.server.roster import Roster
 from hansa.server.trust import (
     RULES,
     Authority,
@@ -127,7 +128,8 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
     url = config.database or f"sqlite:///{(config.data / 'events.db').absolute()}"
     log = EventLog(url, before=artefacts.settle, over=over)
     limits = config.limits
-    office = Office(log, artefacts, config.runs, grace=limits.grace, code=config.code)
+    roster = Roster(denied=authority.denied.reason) if authority is not None else Roster()
+    office = Office(log, artefacts, config.runs, grace=limits.grace, code=config.code, roster=roster)
     guard = (
         Guard(RULES, None, insecure=True)
         if authority is None

@@ -49,9 +49,16 @@ class Office:
     """
 
     def __init__(
-        self, log: EventLog, artefacts: Artefacts, folder: Path, *, grace: float, code: Collection[str] = ()
+        self,
+        log: EventLog,
+        artefacts: Artefacts,
+        folder: Path,
+        *,
+        grace: float,
+        code: Collection[str] = (),
+        roster: Roster | None = None,
     ) -> None:
-        self.artefacts, self.roster = artefacts, Roster()
+        self.artefacts, self.roster = artefacts, roster or Roster()
         self._events, self._folder, self._grace, self._code = log, folder, grace, code
         self._runs: dict[str, Run] = {}
         self._past: dict[str, Past] = {}
@@ -233,7 +240,7 @@ class Office:
         self._agents[attendant.name] = attendant
         if before is not None:
             before.out.put_nowait(None)
-        self.roster.came(attendant.name, attendant.hello)
+        self.roster.came(attendant.name, attendant.hello, attendant.serial)
         _log.info("an agent came", agent=attendant.name, device=attendant.hello.device[:40])
         for run in self._runs.values():
             if run.active:

@@ -27,6 +27,7 @@ class Known:
     """
 
     name: str
+    serial: str
     hello: pb.Hello
     first: float
     seen: float
@@ -73,25 +74,32 @@ class Known:
 
 
 class Roster:
-    """All agents by name. ``clock`` gives seconds since 1970."""
+    """All agents by name.
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+    ``clock`` gives seconds since 1970, ``denied`` why the certificate of a serial number is void, if it is.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.time,
+        denied: Callable[[str], str | None] = lambda serial: None,
+    ) -> None:
+        self._clock, self._denied = clock, denied
         self._known: dict[str, Known] = {}
 
     def __iter__(self) -> Iterator[pb.AgentStatus]:
         now = self._clock()
-        return (each.status(now) for each in sorted(self._known.values(), key=lambda each: each.name))
+        for each in sorted(self._known.values(), key=lambda each: each.name):
+            told = each.status(now)
+            told.revoked = self._denied(each.serial) or ""
+            yield told
 
-    def __getitem__(self, name: str) -> Known:
-        return self._known[name]
-
-    def came(self, name: str, hello: pb.Hello) -> None:
+    def came(self, name: str, hello: pb.Hello, serial: str = "") -> None:
         """An agent's stream is open, perhaps in the place of an older one."""
         now = self._clock()
         self.went(name)
-        known = self._known.setdefault(name, Known(name, hello, first=now, seen=now))
-        known.hello, known.came, known.seen = hello, now, now
+        known = self._known.setdefault(name, Known(name, serial, hello, first=now, seen=now))
+        known.serial, known.hello, known.came, known.seen = serial, hello, now, now
         holding = {bytes(lease) for lease in hello.holding}
         known.jobs = {lease: job for lease, job in known.jobs.items() if lease in holding}
         if len(self._known) > _KEPT:

@@ -153,3 +153,11 @@ def test_a_run_that_has_none_of_it_says_nothing(tmp_path: Path) -> None:
         assert questions.judged(asked)["round"] == []
         assert questions.partition(asked)["counts"] == []
         assert questions.topology(asked)["edges"] == 0
+
+
+def test_the_pace_is_what_was_folded_per_second(tmp_path: Path) -> None:
+    with record(
+        tmp_path, [job(0), job(1)], [job(0), job(1, outcome="lost")], [], [job(0), job(1), job(2)]
+    ) as asked:
+        told = questions.pace(asked, bins=2)  # rounds 1 and 2, 3 and 4, of a second each
+    assert told == {"wall": [2.0, 4.0], "updates": [3 / 2, 3 / 2], "sent": [100.0, 100.0]}

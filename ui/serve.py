@@ -14,7 +14,8 @@ from hansa.ui.theme import THEME
 
 __all__ = ["SCRIPT", "serve"]
 
-SCRIPT = Path(__file__).with_name("app.py")
+# Beside a folder named pages, Streamlit would take every file in it for a page of its own.
+SCRIPT = Path(__file__).parent / "pages" / "app.py"
 
 
 def serve(site: Site, *, address: str, port: int, certificate: tuple[Path, Path] | None = None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hansa.core.questions.clients import contributors, judged, partition, quality, taking_part
 from hansa.core.questions.gossip import topology
-from hansa.core.questions.jobs import ages, grid, tuned, waits
+from hansa.core.questions.jobs import ages, grid, pace, tuned, waits
 from hansa.core.questions.record import Columns, Record, answer, asked, question
 from hansa.core.questions.rounds import curve, events, facts, metric_names, recipe
 from hansa.core.questions.scores import layers, spread
@@ -28,6 +28,7 @@ __all__ = [
     "judged",
     "layers",
     "metric_names",
+    "pace",
     "partition",
     "quality",
     "question",

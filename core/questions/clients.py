@@ -29,9 +29,9 @@ def contributors(
 ) -> Columns:
     """Clients that were asked at all, in an ``order``, or one of them.
 
-    ``client, jobs, folded, discarded, lost``, ``share`` of all folded updates, ``examples``, ``speed`` in local
-    steps per second of the run's clock from dispatch to return, mean ``staleness``, and ``last``, when one of
-    its jobs ended last.
+    ``client, jobs, folded, discarded, lost``, ``share`` of all folded updates, ``examples``, ``speed`` in
+    local steps per second of the run's clock from dispatch to return, mean ``staleness``, and ``last``, when
+    one of its jobs ended last.
     """
     return record.columns(
         f"""
@@ -79,8 +79,9 @@ def taking_part(record: Record) -> dict[str, Any]:
 def partition(record: Record, clients: Bins = 60, classes: Bins = 20) -> dict[str, Any]:
     """Who holds how many examples of what, in bins of clients.
 
-    ``counts`` [bins][classes], ``classes`` their names; ``width`` clients stand in a bin, the last ``classes`` of many are summed as "others"; ``sizes`` tells of
-    the clients' examples: least, quartiles, most. Nothing where nothing was recorded.
+    ``counts`` [bins][classes], ``classes`` their names; ``width`` clients stand in a bin, the last of many
+    classes are summed as "others"; ``sizes`` tells of the clients' examples: least, quartiles, most. Nothing
+    where nothing was recorded.
     """
     rows = record.rows("SELECT counts, classes FROM distribution")
     if not rows:

@@ -101,3 +101,27 @@ def tuned(record: Record, clients: Bins = 100) -> dict[str, Any]:
         wide=wide,
     )
     return {**counted, "clients": wide}
+
+
+@question
+def pace(record: Record, bins: Bins = 120) -> Columns:
+    """How much was done in how much time: ``wall``, folded ``updates`` and ``sent`` bytes per wall second.
+
+    Rounds stand in at most ``bins`` bins; ``wall`` is the end of a bin, in seconds since the start.
+    """
+    low, high = record.row("SELECT min(round), max(round) FROM rounds")
+    return record.columns(
+        """
+        WITH folded AS (
+          SELECT round, count(*) AS jobs FROM participations WHERE outcome = 'folded' GROUP BY round
+        ),
+        binned AS (
+          SELECT max(wall) AS wall, total(jobs) AS jobs, total(bytes_up + bytes_down) AS bytes
+          FROM rounds LEFT JOIN folded USING (round) GROUP BY (round - :low) / :width
+        ),
+        spans AS (SELECT *, wall - lag(wall, 1, 0.0) OVER (ORDER BY wall) AS span FROM binned)
+        SELECT wall, jobs / span AS updates, bytes / span AS sent FROM spans WHERE span > 0 ORDER BY wall
+        """,
+        low=low or 0,
+        width=1 if low is None else -(-(high - low + 1) // bins),
+    )

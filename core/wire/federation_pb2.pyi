@@ -369,7 +369,7 @@ class RosterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class AgentStatus(_message.Message):
-    __slots__ = ("name", "connected", "device", "memory", "hansa", "torch", "protocol", "seats", "first", "seen", "attended", "battery", "mains", "jobs", "counted", "late", "failed", "refused", "bytes", "steps", "seconds")
+    __slots__ = ("name", "connected", "device", "memory", "hansa", "torch", "protocol", "seats", "first", "seen", "attended", "battery", "mains", "jobs", "counted", "late", "failed", "refused", "bytes", "steps", "seconds", "revoked")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -391,6 +391,7 @@ class AgentStatus(_message.Message):
     BYTES_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
     name: str
     connected: bool
     device: str
@@ -412,7 +413,8 @@ class AgentStatus(_message.Message):
     bytes: int
     steps: int
     seconds: float
-    def __init__(self, name: _Optional[str] = ..., connected: _Optional[bool] = ..., device: _Optional[str] = ..., memory: _Optional[int] = ..., hansa: _Optional[str] = ..., torch: _Optional[str] = ..., protocol: _Optional[str] = ..., seats: _Optional[_Union[Seats, _Mapping]] = ..., first: _Optional[float] = ..., seen: _Optional[float] = ..., attended: _Optional[float] = ..., battery: _Optional[float] = ..., mains: _Optional[bool] = ..., jobs: _Optional[_Iterable[_Union[OpenJob, _Mapping]]] = ..., counted: _Optional[int] = ..., late: _Optional[int] = ..., failed: _Optional[int] = ..., refused: _Optional[int] = ..., bytes: _Optional[int] = ..., steps: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    revoked: str
+    def __init__(self, name: _Optional[str] = ..., connected: _Optional[bool] = ..., device: _Optional[str] = ..., memory: _Optional[int] = ..., hansa: _Optional[str] = ..., torch: _Optional[str] = ..., protocol: _Optional[str] = ..., seats: _Optional[_Union[Seats, _Mapping]] = ..., first: _Optional[float] = ..., seen: _Optional[float] = ..., attended: _Optional[float] = ..., battery: _Optional[float] = ..., mains: _Optional[bool] = ..., jobs: _Optional[_Iterable[_Union[OpenJob, _Mapping]]] = ..., counted: _Optional[int] = ..., late: _Optional[int] = ..., failed: _Optional[int] = ..., refused: _Optional[int] = ..., bytes: _Optional[int] = ..., steps: _Optional[int] = ..., seconds: _Optional[float] = ..., revoked: _Optional[str] = ...) -> None: ...
 
 class OpenJob(_message.Message):
     __slots__ = ("run", "client", "number", "phase", "since")

@@ -154,9 +154,9 @@ def test_prometheus_reads_every_figure(floor: Floor) -> None:
     assert seen["process_resident_memory_bytes[]"] > 1e6
 
 
-def test_a_roster_counts_the_time_of_every_stay_and_forgets_none_that_is_there() -> None:
+def test_a_roster_counts_the_time_of_every_stay_and_knows_who_is_put_out() -> None:
     now = 1000.0
-    kept = Roster(lambda: now)
+    kept = Roster(lambda: now, {"7f": "stolen"}.get)
     hello = pb.Hello(device="cpu", seats=pb.Seats(clients=[3]))
     kept.came("a", hello)
     now = 1010.0
@@ -164,9 +164,10 @@ def test_a_roster_counts_the_time_of_every_stay_and_forgets_none_that_is_there()
     now = 1030.0
     kept.went("a")
     now = 1100.0
-    kept.came("a", hello)
+    kept.came("a", hello, "7f")
     now = 1105.0
     (told,) = kept
+    assert told.revoked == "stolen"
     assert (told.first, told.seen, told.attended, told.connected) == (1000.0, 1100.0, 35.0, True)
     assert (told.battery, told.mains) == (0.25, True)
 
