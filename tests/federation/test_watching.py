@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import urllib.request
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hansa.core.wire import NAME, version
 from hansa.core.wire import federation_pb2 as pb
-from hansa.core.wire.federation_pb2_grpc import ControlStub
+from hansa.core.wire.federation_pb2_grpc import AgentsStub, ControlStub
 from hansa.server.app import Config, coordinator
 from hansa.server.roster import Roster
 
@@ -134,6 +137,9 @@ def test_prometheus_reads_every_figure(floor: Floor) -> None:
             async with floor.agents(2):
                 run = await submit(control, small())
                 await end(control, run)
+                call = AgentsStub(channel).Upload(metadata=named("x"))  # without a word: a refusal to count
+                await call.done_writing()
+                assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
                 port = (floor.data / "metrics").read_text()
                 text = await asyncio.to_thread(
                     lambda: urllib.request.urlopen(f"http://{port}/metrics", timeout=60).read().decode()
@@ -145,6 +151,17 @@ def test_prometheus_reads_every_figure(floor: Floor) -> None:
         }
 
     seen = play(scene())
+    board = Path(__file__).parents[2] / "deploy" / "grafana" / "hansa.json"
+    asked = {
+        name
+        for panel in json.loads(board.read_text())["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\b(?:hansa|process)_\w+", target["expr"])
+    }
+    assert len(asked) > 12
+    assert asked <= {key.partition("[")[0] for key in seen}, (
+        "the Grafana dashboard asks for what there is not"
+    )
     assert seen["hansa_agents[]"] == 2
     assert seen["hansa_runs[('status', 'finished')]"] == 1
     assert seen["hansa_runs[('status', 'running')]"] == 0
