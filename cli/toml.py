@@ -44,6 +44,32 @@ def shown(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
+def differences(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """(key, value, default) where a recipe differs from the default one, and things from their defaults."""
+    recipe, top = resolved(recipe), load(None)
+    usual = {each.name: each for each in sections(resolved(top))}
+    found = [
+        (name, inline(getattr(recipe, name)), inline(getattr(top, name)))
+        for name in ("name", "seed")
+        if getattr(recipe, name) != getattr(top, name)
+    ]
+    for section in sections(recipe):
+        like = usual[section.name]
+        kind = section.values.get(section.tag) if section.tag else None
+        same = not section.tag or kind == like.values.get(section.tag)
+        if section.tag and not same:
+            found.append(
+                (f"{section.name}.{section.tag}", inline(kind), inline(like.values.get(section.tag)))
+            )
+        for key in section.keys:
+            value = section.values.get(key.name)
+            default = like.values.get(key.name, key.default) if same else key.default
+            if section.values and _plain(value) != _plain(default):
+                told = "required" if default is REQUIRED else inline(default)
+                found.append((f"{section.name}.{key.name}", inline(value), told))
+    return found
+
+
 def template(recipe: Recipe, path: Path, choices: Mapping[str, tuple[str, ...]]) -> str:
     """A commented recipe to begin with: what differs from the defaults stands open, the rest in comments.
 
@@ -121,4 +147,4 @@ def _plain(value: Any) -> Any:
     return list(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
-__all__ = ["inline", "shown", "template"]
+__all__ = ["differences", "inline", "shown", "template"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from hansa.core.errors import InputError
 from hansa.core.trust import is_loopback
 
 if TYPE_CHECKING:
+    from hansa.cli.recipes import Recipes
     from hansa.ui.source import Source
 
 
@@ -100,7 +102,7 @@ def serve(
         )
     print(f"{'https' if certificate else 'http'}://{address}:{port}", flush=True)
     pair = (certificate, key) if certificate is not None and key is not None else None
-    serve(Site(source=source, gate=gate), address=address, port=port, certificate=pair)
+    serve(Site(source=source, gate=gate, recipes=_recipes), address=address, port=port, certificate=pair)
 
 
 @user.command("add")
@@ -148,3 +150,10 @@ def _source(runs: Path | None, server: str | None) -> Source:
     from hansa.cli.federation import coordinator_at
 
     return Server(coordinator_at(server, patience=3.0))
+
+
+@cache
+def _recipes() -> Recipes:
+    from hansa.cli.recipes import Recipes  # and with it torch, once somebody asks for a form
+
+    return Recipes()

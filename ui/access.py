@@ -65,6 +65,10 @@ class Guarded:
         """See :class:`~hansa.ui.source.Source`."""
         return self._seen().model(run)
 
+    def report(self, run: str) -> bytes:
+        """See :class:`~hansa.ui.source.Source`."""
+        return self._seen().report(run)
+
     def stop(self, run: str) -> None:
         """See :class:`~hansa.ui.source.Source`."""
         self._steered().stop(run)

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tomllib
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from hansa.core.errors import RunError
+from hansa.core.errors import Interrupted, RunError
 from hansa.core.store import locked, writer
 
 __all__ = ["Launch", "Launcher"]
@@ -30,10 +31,11 @@ class Launch:
 
     Attributes
     ----------
-    name: what to call it. error: why it could not begin, once that is known.
+    name: what to call it. process: its number, once there is one. error: why it could not begin.
     """
 
     name: str
+    process: int | None = None
     error: str | None = None
 
 
@@ -43,17 +45,20 @@ class Launcher:
     def __init__(self, folder: Path, *, parallel: int = 1) -> None:
         self._folder, self._parallel = folder, parallel
         self._queue: deque[tuple[str, list[str]]] = deque()
-        self._running: list[str] = []
+        self._running: list[Launch] = []
         self._failed: deque[Launch] = deque(maxlen=5)
         self._lock = threading.Lock()
 
-    def start(self, name: str, recipe: str) -> None:
-        """Run a recipe (TOML) as soon as it is its turn."""
-        with tempfile.NamedTemporaryFile(
-            "w", prefix=f"{name}-", suffix=".toml", delete=False, encoding="utf-8"
-        ) as file:
+    def start(self, recipe: str) -> str:
+        """Run a recipe (TOML) as soon as it is its turn; returns its name."""
+        name = str(tomllib.loads(recipe).get("name", "run"))
+        file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - it is there for another process, as long as that
+            "w", prefix="recipe-", suffix=".toml", delete=False, encoding="utf-8"
+        )
+        with file:
             file.write(recipe)
         self._enqueue(name, ["run", file.name, "--runs", str(self._folder)])
+        return name
 
     def resume(self, directory: Path) -> None:
         """Go on with a run as soon as it is its turn."""
@@ -77,11 +82,9 @@ class Launcher:
             ) from error
 
     def waiting(self) -> list[Launch]:
-        """What is queued or about to begin, in order."""
+        """What was begun here and has not ended, and what is queued, in order."""
         with self._lock:
-            return [Launch(name=name) for name in self._running] + [
-                Launch(name=name) for name, _ in self._queue
-            ]
+            return [*self._running, *(Launch(name=name) for name, _ in self._queue)]
 
     def failed(self) -> list[Launch]:
         """The last ones that could not begin, with the reason."""
@@ -103,24 +106,27 @@ class Launcher:
             if not self._queue or len(self._running) >= self._parallel:
                 return
             name, arguments = self._queue.popleft()
-            self._running.append(name)
-        threading.Thread(target=self._run, args=(name, arguments), name=f"run {name}", daemon=True).start()
+            told = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+            # A session of its own: Ctrl-C at the dashboard is not for its runs.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hansa", *arguments, "--quiet"],
+                stdin=subprocess.DEVNULL,
+                stdout=told,
+                stderr=told,
+                start_new_session=True,
+            )
+            launch = Launch(name=name, process=process.pid)
+            self._running.append(launch)
+        threading.Thread(target=self._attend, args=(launch, process, told), name=name, daemon=True).start()
 
-    def _run(self, name: str, arguments: list[str]) -> None:
-        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as told:
-            code = self._wait(arguments, told)
+    def _attend(self, launch: Launch, process: subprocess.Popen[bytes], told: IO[str]) -> None:
+        with told:
+            code = process.wait()
             told.seek(0)
-            said = told.read()[-_TOLD:].strip()
+            said = told.read().strip()
         with self._lock:
-            self._running.remove(name)
-            if code not in (0, 130):
-                self._failed.append(Launch(name=name, error=said or f"it ended with exit code {code}"))
+            self._running.remove(launch)
+            if code not in (0, Interrupted.exit_code):
+                error = said.removeprefix("hansa: ")[:_TOLD] or f"it ended with exit code {code}"
+                self._failed.append(replace(launch, error=error))
         self._next()
-
-    def _wait(self, arguments: list[str], told: IO[str]) -> int:
-        command = [sys.executable, "-m", "hansa", *arguments, "--quiet"]
-        # A session of its own: Ctrl-C at the dashboard is not for its runs.
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True
-        ) as process:
-            return process.wait()

@@ -8,6 +8,8 @@ ColorBrewer's sequential *Blues* for quantities, where nothing is white.
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -29,6 +31,7 @@ __all__ = [
     "others",
     "participation",
     "partition_picture",
+    "png",
     "progress",
     "staleness",
     "timeline",
@@ -435,22 +438,30 @@ def participation(
 def compare(
     series: Mapping[str, Series],
     *,
-    over: Literal["rounds", "time", "bytes"] = "rounds",
+    over: Literal["rounds", "time", "wall", "bytes"] = "rounds",
     metric: str = "accuracy",
+    deviations: Mapping[str, ArrayLike] | None = None,
 ) -> Figure:
-    """One metric of several runs (by name) over rounds, virtual time [s] or bytes so far."""
+    """One metric of several runs (by name) over rounds, virtual or wall time [s] or bytes so far.
+
+    ``deviations`` are drawn as bands of that width on both sides.
+    """
     figure, (axes,) = _canvas(1, height=3.8)
     everywhere = [x for x, _ in series.values()]
     scale, label = 1.0, "round"
-    if over == "time":
+    if over in ("time", "wall"):
         scale, unit = _time_unit(*everywhere)
-        label = f"virtual time ({unit})"
+        label = f"{'virtual' if over == 'time' else 'wall-clock'} time ({unit})"
     elif over == "bytes":
         scale, unit = _byte_unit(*everywhere)
         label = f"sent up and down ({unit})"
     dashes = [style for style in ("-", (0, (5, 2)), (0, (1.5, 1.5))) for _ in _COLOURS]
     for (name, (x, y)), colour, dash in zip(series.items(), _repeat(_COLOURS), _repeat(dashes), strict=False):
         _line(axes, np.asarray(x, float) / scale, y, colour, label=_plain(name), linestyle=dash)
+        width = np.asarray((deviations or {}).get(name, 0.0), float)
+        if width.any():
+            low, high = np.asarray(y, float) - width, np.asarray(y, float) + width
+            axes.fill_between(np.asarray(x, float) / scale, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set(xlabel=label, ylabel=_plain(metric))
     if over == "rounds":
         _whole(axes.xaxis)
@@ -475,6 +486,16 @@ def others(series: Mapping[str, Series]) -> Figure:
         if place >= len(series) - 3:
             axes.set(xlabel="round")
     return figure
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a picture."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; that is no reason to complain.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()
 
 
 def _canvas(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -226,12 +224,7 @@ def _column(rounds: Sequence[RoundRow], name: str) -> NDArray[np.float64]:
 
 
 def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; that is no reason to complain.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="png", dpi=160)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return base64.b64encode(plots.png(figure)).decode("ascii")
 
 
 def _percent(share: float) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hansa.ui.gate import Gate
 from hansa.ui.source import Source
+
+if TYPE_CHECKING:
+    from hansa.ui.form import Recipes
 
 __all__ = ["Site", "configure", "site"]
 
@@ -18,10 +23,12 @@ class Site:
     ----------
     source: what is looked at.
     gate: who may, where others could reach it; None for this machine alone.
+    recipes: gives what a new run can be; without it, none can be started from a page.
     """
 
     source: Source
     gate: Gate | None = None
+    recipes: Callable[[], Recipes] | None = None
 
 
 _site: Site | None = None

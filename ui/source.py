@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
@@ -20,7 +20,8 @@ from hansa.core import questions
 from hansa.core.control import Coordinator
 from hansa.core.errors import HansaError, RunError
 from hansa.core.questions import Record
-from hansa.core.store import locked
+from hansa.core.store import locked, writer
+from hansa.ui.launch import Launcher
 
 __all__ = ["Folder", "Run", "Server", "Source", "Status"]
 
@@ -113,6 +114,10 @@ class Source(Protocol):
         """The final model as safetensors, or the newest there is."""
         ...
 
+    def report(self, run: str) -> bytes:
+        """The report that was written when the run ended, an HTML page."""
+        ...
+
     def stop(self, run: str) -> None:
         """Interrupt a run."""
         ...
@@ -156,6 +161,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._kept = _Kept()
+        self._launcher = Launcher(path)
 
     @property
     def label(self) -> str:
@@ -164,14 +170,26 @@ class Folder:
 
     def runs(self) -> list[Run]:
         """See :class:`Source`."""
-        if not self.path.is_dir():
-            return []
         found = [
             self._line(each.name)
-            for each in self.path.iterdir()
+            for each in (self.path.iterdir() if self.path.is_dir() else ())
             if (each / "run.db").exists() or (each / "recipe.toml").exists()
         ]
-        return sorted(found, key=lambda run: (run.started or 0.0, run.id), reverse=True)
+        found.sort(key=lambda run: (run.started or 0.0, run.id), reverse=True)
+        return [*self._launched(found), *found]
+
+    def _launched(self, found: Sequence[Run]) -> list[Run]:
+        """What was started here and has no directory: it is about to begin, is queued, or could not begin."""
+        writing = {writer(self.path / run.id) for run in found if run.status == "running"}
+        waiting = [
+            Run(id="", name=each.name, status="queued")
+            for each in self._launcher.waiting()
+            if each.process not in writing
+        ]
+        failed = [
+            Run(id="", name=each.name, status="failed", error=each.error) for each in self._launcher.failed()
+        ]
+        return [*waiting, *failed]
 
     def run(self, id: str) -> Run:
         """See :class:`Source`."""
@@ -208,17 +226,25 @@ class Folder:
         except OSError as error:
             raise RunError(f"{run}: there is no model yet; it is written when the run finishes") from error
 
+    def report(self, run: str) -> bytes:
+        """See :class:`Source`."""
+        path = self.directory(run) / "report.html"
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise RunError(f"{run}: there is no report yet; `hansa report {run}` writes one") from error
+
     def stop(self, run: str) -> None:
         """See :class:`Source`."""
-        raise NotImplementedError
+        self._launcher.stop(self.directory(run))
 
     def resume(self, run: str) -> None:
         """See :class:`Source`."""
-        raise NotImplementedError
+        self._launcher.resume(self.directory(run))
 
     def start(self, recipe: str) -> str:
         """See :class:`Source`."""
-        raise NotImplementedError
+        return self._launcher.start(recipe)
 
 
 def _mark(directory: Path) -> tuple[Any, ...]:
@@ -289,6 +315,10 @@ class Server:
     def model(self, run: str) -> bytes:
         """See :class:`Source`."""
         return self._coordinator.model(run)
+
+    def report(self, run: str) -> bytes:
+        """See :class:`Source`."""
+        raise RunError(f"{run}: a coordinator sends no reports; `hansa report` on its machine writes one")
 
     def stop(self, run: str) -> None:
         """See :class:`Source`."""

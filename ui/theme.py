@@ -38,6 +38,7 @@ THEME: dict[str, Any] = {
     "theme.codeFont": _MONO,
     "theme.baseRadius": "0.5rem",
     "theme.baseFontSize": 15,
+    "theme.paddingTop": "1rem",
     "theme.headingFontSizes": ["1.75rem", "1.3rem", "1.1rem", "1rem", "0.9rem", "0.85rem"],
     "theme.metricValueFontSize": "1.5rem",
     "theme.chartCategoricalColors": list(CATEGORIES),

@@ -11,7 +11,7 @@ from hansa.core.questions.clients import contributors, judged, partition, qualit
 from hansa.core.questions.gossip import topology
 from hansa.core.questions.jobs import ages, grid, pace, tuned, waits
 from hansa.core.questions.record import Columns, Record, answer, asked, question
-from hansa.core.questions.rounds import curve, events, facts, metric_names, recipe
+from hansa.core.questions.rounds import curve, events, facts, metric_names, outcome, recipe, rounds, series
 from hansa.core.questions.scores import layers, spread
 
 __all__ = [
@@ -28,11 +28,14 @@ __all__ = [
     "judged",
     "layers",
     "metric_names",
+    "outcome",
     "pace",
     "partition",
     "quality",
     "question",
     "recipe",
+    "rounds",
+    "series",
     "spread",
     "taking_part",
     "topology",

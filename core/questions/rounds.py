@@ -140,6 +140,58 @@ def curve(record: Record, metrics: Names, bins: Bins = 400) -> Columns:
 
 
 @question
+def series(
+    record: Record, metric: str, after: int = -1, limit: Annotated[int, Field(ge=1, le=20_000)] = 20_000
+) -> Columns:
+    """Every value of a metric, in order: ``round, value``; of rounds beyond ``after``, at most ``limit``."""
+    return record.columns(
+        "SELECT round, value FROM metrics WHERE name = :name AND round > :after ORDER BY round LIMIT :limit",
+        name=metric,
+        after=after,
+        limit=limit,
+    )
+
+
+@question
+def rounds(
+    record: Record, after: int = -1, limit: Annotated[int, Field(ge=1, le=20_000)] = 20_000
+) -> Columns:
+    """Rounds beyond ``after``, at most ``limit``: ``round, time, wall, bytes_up, bytes_down``."""
+    return record.columns(
+        "SELECT round, time, wall, bytes_up, bytes_down FROM rounds WHERE round > :after "
+        "ORDER BY round LIMIT :limit",
+        after=after,
+        limit=limit,
+    )
+
+
+@question
+def outcome(
+    record: Record, metric: str, falling: bool = False, target: float | None = None
+) -> dict[str, float | None]:
+    """What a metric came to: ``last`` and ``best``, and what it took to come to ``target``.
+
+    ``rounds``, ``time``, ``wall`` and ``bytes`` are those of the first round at or beyond the target, below
+    it where the metric is ``falling``; null where none is.
+    """
+    beyond, better = ("<=", "min") if falling else (">=", "max")
+    there = record.row(
+        f"SELECT min(round) FROM metrics WHERE name = :name AND value {beyond} :target",
+        name=metric,
+        target=target,
+    )[0]
+    cost: tuple[float | None, ...] = (None, None, None)
+    if there is not None:
+        cost = record.row(
+            "SELECT max(time), max(wall), sum(bytes_up + bytes_down) FROM rounds WHERE round <= :there",
+            there=there,
+        )
+    best = record.row(f"SELECT {better}(value) FROM metrics WHERE name = :name", name=metric)[0]
+    names = ("last", "best", "rounds", "time", "wall", "bytes")
+    return dict(zip(names, (_last(record, metric), best, there, *cost), strict=True))
+
+
+@question
 def events(
     record: Record,
     search: Annotated[str, Field(max_length=200)] = "",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import streamlit as st
-from streamlit.navigation.page import StreamlitPage
+from streamlit.navigation.page import Page
 
 from hansa.ui.pages import clients, compare, run, runs, system, topology
 
 __all__ = ["all_pages"]
 
 
-def all_pages() -> list[StreamlitPage]:
+def all_pages() -> list[Page]:
     """The pages in the order of their navigation; the first is where one arrives."""
     return [
         st.Page(runs.page, title="Runs", icon=":material/list:", url_path="runs", default=True),

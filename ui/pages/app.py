@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 
 from hansa.ui import pages
 from hansa.ui.access import who
 from hansa.ui.site import site
 
+ICON = str(Path(__file__).parents[1] / "icon.svg")
+
 
 def main() -> None:
     """Draw whatever page is asked for."""
-    st.set_page_config(page_title="Hansa", page_icon=":material/hub:", layout="wide")
+    st.set_page_config(page_title="Hansa", page_icon=ICON, layout="wide")
     page = st.navigation(pages.all_pages())
     user = who(site().gate)
     if user is None:

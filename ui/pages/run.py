@@ -1,10 +1,112 @@
-"""Run."""
+"""One run: how it learns, for whom, with whom, which layers move, what happened, what made it."""
 
 from __future__ import annotations
 
 import streamlit as st
 
+from hansa.core import questions
+from hansa.ui import duration, parts, size
+from hansa.ui.access import may_operate
+from hansa.ui.downloads import downloads
+from hansa.ui.pages import run_parts
+from hansa.ui.site import site
+from hansa.ui.source import Run
+
+_PARTS = {
+    "Progress": run_parts.progress,
+    "Clients": run_parts.clients,
+    "Participation": run_parts.participation,
+    "Layers": run_parts.layers,
+    "Log": run_parts.log,
+    "Recipe": run_parts.recipe,
+}
+
 
 def page() -> None:
     """Draw the page."""
-    st.title("Run")
+    runs = parts.run_list()
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.title("Run", width="stretch")
+    run = parts.choose_run(runs)
+    if run is None:
+        parts.empty("No run to show", "Start one on the page **Runs**, or with `hansa run`.")
+        return
+    if run.status == "unreadable":
+        st.error(parts.plain(run.error or ""), icon=":material/error:")
+        return
+
+    def head() -> None:
+        with parts.guarded():
+            _head(site().source.run(run.id))
+
+    parts.live(run.active)(head)
+    part = st.segmented_control(
+        "Part", list(_PARTS), default="Progress", key="part", label_visibility="collapsed", required=True
+    )
+    draw = _PARTS[part or "Progress"]
+
+    def body() -> None:
+        with parts.guarded():
+            draw(site().source.run(run.id))
+
+    # The log has a field to write in, and the recipe does not change.
+    parts.live(run.active and part not in ("Recipe",))(body)
+
+
+def _head(run: Run) -> None:
+    with st.container(horizontal=True, vertical_alignment="center"):
+        parts.badge(run)
+        facts = [run.algorithm, run.schedule if run.topology == "star" else f"{run.topology} gossip"]
+        facts += [f"{run.clients:,} clients"] if run.clients else []
+        facts += [f"seed {run.seed}", f"started {parts.ago(run.started)} UTC"]
+        st.caption(parts.plain(" · ".join(filter(None, facts))), width="content")
+        st.space("stretch")
+        _actions(run)
+    if run.error:
+        tell = st.error if run.status == "failed" else st.warning
+        tell(parts.plain(run.error))
+    if run.active:
+        st.progress(run.fraction, text=parts.progress_text(run))
+    _figures(run)
+
+
+def _actions(run: Run) -> None:
+    if may_operate():
+        if run.active:
+            st.button("Stop", icon=":material/stop:", on_click=_steer, args=("stop", run.id))
+        elif run.status in ("interrupted", "failed"):
+            st.button("Resume", icon=":material/play_arrow:", on_click=_steer, args=("resume", run.id))
+    with st.popover("Download", icon=":material/download:"):
+        downloads(run)
+
+
+def _steer(what: str, id: str) -> None:
+    with parts.guarded():
+        getattr(site().source, what)(id)
+        st.toast(
+            "It stops after the step under way."
+            if what == "stop"
+            else "It goes on as soon as it is its turn."
+        )
+
+
+def _figures(run: Run) -> None:
+    spread = site().source.ask(questions.spread, run.id, bins=300)
+    figures = [
+        (run.headline, parts.score(run.last, run.headline), f"best {parts.score(run.best, run.headline)}"),
+        ("rounds", f"{run.rounds:,}", f"of {run.total:,}" if run.total else ""),
+        ("virtual time", duration(run.time), f"{duration(run.wall)} wall-clock"),
+        (
+            "sent",
+            size(run.bytes_up + run.bytes_down),
+            f"{size(run.bytes_up)} up",
+        ),
+    ]
+    if spread["round"]:
+        jain = spread["jain"][-1]
+        figures.insert(1, ("worst client", parts.percent(spread["worst"][-1]), f"fairness {jain:.3f}"))
+    for place, (label, value, note) in zip(st.columns(len(figures)), figures, strict=True):
+        with place.container(border=True, gap=None, height="stretch"):
+            st.caption(label)
+            st.markdown(f"#### {parts.plain(value)}")
+            st.caption(parts.plain(note) or "&nbsp;")
