@@ -1,9 +1,8 @@
 """Which examples make which mini-batch of a job, for many jobs at once.
 
-A job's order of examples is the order of 64-bit keys, one for each (seed, client, job number, pass,
-position): no generator has a state, so jobs can be planned together, alone, in any order and by any process.
-The keys are the output function of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014), chained over the parts.
+A job's order of examples is the order of 64-bit keys (:func:`hansa.core.randomness.hashes`), one for each
+(seed, client, job number, pass, position): no generator has a state, so jobs can be planned together, alone, in
+any order and by any process.
 
 Shapes: k jobs of up to T mini-batches and S examples.
 """
@@ -15,11 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hansa.core.randomness import word
+from hansa.core.randomness import hashes
 
 Ints = NDArray[np.int64]
 
-_STEP = np.uint64(0x9E3779B97F4A7C15)
 _LAST = np.uint64(2**64 - 1)
 
 
@@ -53,7 +51,7 @@ class Plan:
 
 def draw(low: int, high: int, *, seed: int, clients: Ints, numbers: Ints) -> Ints:
     """A number of passes between ``low`` and ``high``, both included, for each job [k]."""
-    keys = _chained(_chained(_first(seed, "passes"), clients), numbers)
+    keys = hashes(seed, "passes", clients, numbers)
     return (low + (keys % np.uint64(high - low + 1)).astype(np.int64)).astype(np.int64)
 
 
@@ -88,20 +86,7 @@ def plan(
 
 def _orders(examples: Ints, passes: int, *, seed: int, clients: Ints, numbers: Ints) -> Ints:
     most = int(examples.max(initial=0))
-    jobs = _chained(_chained(_first(seed, "batches"), clients), numbers)
-    keys = _chained(jobs[:, None], np.arange(passes))  # [k, passes]
-    keys = _chained(keys[:, :, None], np.arange(most))  # [k, passes, most]
+    jobs = clients[:, None, None], numbers[:, None, None]
+    keys = hashes(seed, "batches", *jobs, np.arange(passes)[:, None], np.arange(most))  # [k, passes, most]
     keys[np.broadcast_to(np.arange(most) >= examples[:, None, None], keys.shape)] = _LAST
     return np.argsort(keys, axis=-1, kind="stable")
-
-
-def _first(seed: int, purpose: str) -> NDArray[np.uint64]:
-    return np.array([word(seed, purpose)], np.uint64)
-
-
-def _chained(keys: NDArray[np.uint64], part: Ints) -> NDArray[np.uint64]:
-    z = keys + (part.astype(np.uint64) + np.uint64(1)) * _STEP
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
-    return mixed

@@ -2,10 +2,16 @@
 
 A draw is named by the run's seed and a key such as ``("batches", client, job)``; it is the same
 whichever engine asks for it, in whatever order, on however many processes.
+
+Where draws are many and small (a job's luck, a slot's next client, a mini-batch) no generator is made: a draw
+is a word hashed from its key, purpose by purpose and number by number, with the output function of SplitMix64
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), one at a time or by
+arrays.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from typing import Any
@@ -13,9 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.random.bit_generator import ISeedSequence
+from numpy.typing import NDArray
 
 ALONE = threading.RLock()
 """Held by whoever seeds torch's global generator for a purpose while other threads may do so, too."""
+
+_STEP, _FIRST, _SECOND, _LAST = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 2**64 - 1
 
 
 def _digest(seed: int, key: tuple[int | str, ...]) -> bytes:
@@ -48,3 +57,35 @@ def torch_generator(seed: int, *key: int | str) -> torch.Generator:
     made = torch.Generator()
     made.manual_seed(word(seed, *key) >> 1)
     return made
+
+
+@functools.lru_cache(4096)
+def _purpose(seed: int, purpose: str) -> int:
+    return word(seed, purpose)
+
+
+def hashed(seed: int, purpose: str, *numbers: int) -> int:
+    """64 bits, the draw named by ``seed``, ``purpose`` and ``numbers`` (0 or more each)."""
+    z = _purpose(seed, purpose)
+    for number in numbers:
+        z = (z + (number + 1) * _STEP) & _LAST
+        z = ((z ^ (z >> 30)) * _FIRST) & _LAST
+        z = ((z ^ (z >> 27)) * _SECOND) & _LAST
+        z ^= z >> 31
+    return z
+
+
+def uniform(seed: int, purpose: str, *numbers: int) -> float:
+    """A number uniform in (0, 1), both excluded: 52 bits of :func:`hashed`."""
+    return ((hashed(seed, purpose, *numbers) >> 12) + 0.5) * 2.0**-52
+
+
+def hashes(seed: int, purpose: str, *numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """:func:`hashed` of many draws at once; the arrays of numbers are broadcast."""
+    z = np.array(_purpose(seed, purpose), np.uint64)
+    for part in numbers:
+        z = z + (part.astype(np.uint64) + np.uint64(1)) * np.uint64(_STEP)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(_FIRST)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(_SECOND)
+        z = z ^ (z >> np.uint64(31))
+    return z

@@ -105,10 +105,14 @@ class LocalWork:
 
     def count(self, examples: int, *, seed: int, client: int, number: int, whole: int = 1) -> int:
         """How many mini-batches :meth:`batches` would make."""
-        if self.steps is not None or not isinstance(self.epochs, int):
-            return int(self._totals(_row(examples), seed, _row(client), _row(number), whole)[0])
+        if self.steps is not None:
+            return self.steps if examples else 0
         full, rest = divmod(examples, self.batch_size)
-        return self.epochs * max(full + (rest >= whole), min(examples, 1))
+        per = max(full + (rest >= whole), min(examples, 1))
+        if isinstance(self.epochs, int):
+            return self.epochs * per
+        low, high = self.epochs
+        return per * batches.draw(low, high, seed=seed, clients=_row(client), numbers=_row(number)).item()
 
     def batches(self, examples: int, *, seed: int, client: int, number: int, whole: int = 1) -> list[Tensor]:
         """Positions [b] of the local examples in each mini-batch of a job.

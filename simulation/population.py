@@ -11,14 +11,17 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 
 from hansa.core.data import FederatedData
 from hansa.core.errors import InputError
-from hansa.core.randomness import generator
+from hansa.core.randomness import uniform
 from hansa.simulation.traces import Sessions, devices, sessions
+
+_normal = NormalDist().inv_cdf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,20 +148,20 @@ class Population:
         """Factor on the time of every step of a client; 1 is the fastest kind."""
         if self.speeds == "equal":
             return 1.0
-        rng = generator(seed, "speed", self.device(client))
+        u = uniform(seed, "speed", self.device(client))
         match self.speeds:
             case "uniform":
-                return float(rng.uniform(1.0, self.spread))
+                return 1.0 + u * (self.spread - 1.0)
             case "lognormal":
-                return float(rng.lognormal(0.0, math.log(self.spread) / 3.92))
+                return math.exp(_normal(u) * math.log(self.spread) / 3.92)
             case "slow_share":
-                return self.spread if rng.random() < self.slow_share else 1.0
+                return self.spread if u < self.slow_share else 1.0
             case "exponential":
-                return max(float(rng.exponential(self.spread)), 1e-6)
+                return max(-math.log(u) * self.spread, 1e-6)
             case "shifted_exponential":
-                return 1.0 + float(rng.exponential(self.spread - 1.0))
+                return 1.0 - math.log(u) * (self.spread - 1.0)
             case "pareto":
-                return float((1.0 - rng.random()) ** (-math.log(self.spread) / math.log(20.0)))
+                return float(u ** (-math.log(self.spread) / math.log(20.0)))
             case "traces":
                 return self._traced(seed, client, "slowness", 1.0)
 
@@ -167,8 +170,11 @@ class Population:
         known = devices(self.devices)
         if column not in known:
             return missing
-        row = int(generator(seed, "device", self.device(client)).integers(len(known["slowness"])))
-        return known[column][row]
+        return known[column][self._row(seed, client, len(known["slowness"]))]
+
+    def _row(self, seed: int, client: int, rows: int) -> int:
+        """The row of a file that a client follows."""
+        return int(uniform(seed, "device", self.device(client)) * rows)
 
     def trip(self, size: int) -> float:
         """Seconds that ``size`` bytes take one way."""
@@ -189,21 +195,20 @@ class Population:
     def _jittered(self, seed: int, client: int, number: int) -> float:
         if not self.jitter:
             return 1.0
-        rng = generator(seed, "jitter", client, number)
+        u = uniform(seed, "jitter", client, number)
         match self.jitter_law:
             case "lognormal":
-                return math.exp(rng.normal(0.0, self.jitter))
+                return math.exp(self.jitter * _normal(u))
             case "exponential":
-                return max(1.0 - self.jitter + self.jitter * float(rng.exponential()), 1e-6)
+                return max(1.0 - self.jitter - self.jitter * math.log(u), 1e-6)
             case "pareto":
-                return float((1.0 - self.jitter) * (1.0 - rng.random()) ** -self.jitter)
+                return float((1.0 - self.jitter) * u**-self.jitter)
 
     def drops_at(self, seed: int, client: int, number: int) -> float | None:
         """At what fraction of its duration a job is lost, if it is."""
-        if not self.dropout:
+        if not self.dropout or uniform(seed, "dropout", client, number) >= self.dropout:
             return None
-        lost, moment = generator(seed, "dropout", client, number).random(2)
-        return float(moment) if lost < self.dropout else None
+        return uniform(seed, "moment", client, number)
 
     @property
     def always_there(self) -> bool:
@@ -219,8 +224,7 @@ class Population:
         if self.pattern == "traces":
             assert self.sessions is not None
             known = sessions(self.sessions, self.period)
-            row = int(generator(seed, "device", self.device(client)).integers(len(known)))
-            yield from _after(since, _repeated(known[row], self.period))
+            yield from _after(since, _repeated(known[self._row(seed, client, len(known))], self.period))
         elif share == 1:
             yield 0.0, True
         elif self.pattern == "battery":
@@ -229,7 +233,7 @@ class Population:
             yield from self._window(seed, client, share, since)
 
     def _window(self, seed: int, client: int, share: float, since: float) -> Iterator[tuple[float, bool]]:
-        start = float(generator(seed, "phase", client).random()) * self.period * self.zones
+        start = uniform(seed, "phase", client) * self.period * self.zones
         up = share * self.period
         there = (0.0 - start) % self.period < up
         yield 0.0, there
@@ -240,12 +244,11 @@ class Population:
                     yield moment, state
 
     def _charging(self, seed: int, client: int, share: float) -> Iterator[tuple[float, bool]]:
-        rng = generator(seed, "phase", client)
-        now, there = 0.0, bool(rng.random() < share)
-        while True:
+        now, there = 0.0, uniform(seed, "phase", client) < share
+        for n in itertools.count():
             yield now, there
             mean = self.period * (share if there else 1 - share)
-            now, there = now + float(rng.exponential(mean)), not there
+            now, there = now - mean * math.log(uniform(seed, "charge", client, n)), not there
 
 
 @dataclass(frozen=True, kw_only=True)

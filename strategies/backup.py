@@ -17,10 +17,10 @@ all are waited for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from hansa.core.schedule import Aggregated, Command, Event, Returned, require
+from hansa.core.schedule import Aggregated, Command, Event, Returned, replace, require
 from hansa.strategies.rounds import Rounds, RoundsProgress
 
 

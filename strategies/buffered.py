@@ -6,7 +6,7 @@ Source: FedBuff, Nguyen et al., arXiv 2106.06639, Algorithm 1. With ``k = 1`` it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hansa.core.schedule import (
@@ -21,6 +21,7 @@ from hansa.core.schedule import (
     Returned,
     Stop,
     Stopping,
+    replace,
     require,
 )
 

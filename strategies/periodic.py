@@ -8,7 +8,7 @@ arXiv 2305.16099.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hansa.core.randomness import generator
@@ -27,6 +27,7 @@ from hansa.core.schedule import (
     Stopping,
     Tick,
     Wake,
+    replace,
     require,
 )
 

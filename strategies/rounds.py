@@ -7,7 +7,7 @@ rounds after Bonawitz et al., "Towards Federated Learning at Scale", arXiv 1902.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hansa.core.schedule import (
@@ -25,6 +25,7 @@ from hansa.core.schedule import (
     Stopping,
     Tick,
     Wake,
+    replace,
     require,
 )
 
