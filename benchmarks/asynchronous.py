@@ -1,13 +1,13 @@
 """Asynchronous schemes on real data: time to a target, biased arrivals, few fast clients, backup workers.
 
-    HANSA_DATA=... python benchmarks/asynchronous.py                          # all tables on standard output
-    HANSA_DATA=... python benchmarks/asynchronous.py time --write docs/claims.md --picture docs/asynchronous.svg
+    python benchmarks/asynchronous.py                          # all tables on standard output
+    python benchmarks/asynchronous.py time --write docs/claims.md --picture docs/asynchronous.svg
 
-``HANSA_DATA`` names a folder with ``mnist`` and ``fashion_mnist``, each with the four idx files
-(``-ubyte.gz``). Every trial is written to ``--results`` as it ends; the same command goes on from there. Where
-step sizes are tuned, all schemes of a table try as many, a factor of two apart, on seed 0; the table tells
-seeds 1 to 3, and whether the best lies at the border of what was tried. A whole job that counts as one
-gradient (FAVANO) has its grid eight times as high.
+``HANSA_DATA`` in the environment names a folder with ``mnist`` and ``fashion_mnist``, each with the four
+idx files (``-ubyte.gz``). Every trial is written to ``--results`` as it ends; the same command goes on from
+there. Where step sizes are tuned, all schemes of a table try as many, a factor of two apart, on seed 0; the
+table tells seeds 1 to 3, and whether the best lies at the border of what was tried. Where a whole job counts
+as one gradient (FAVANO) the grid is eight times as high.
 
 time      seconds to 72 % on Fashion-MNIST: 100 clients, Dirichlet(0.3), tenfold spread of speeds
 arrivals  AFA-CD and AFA-CS, one class a client, uniform and biased arrivals
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import published
 import torch
-from trials import Outcome, Table, Trials, fastest, merged, most_accurate, spread, table, to_target
+from trials import Table, Trials, fastest, merged, most_accurate, spread, table, to_target
 
 from hansa.ui.plots import compare
 
@@ -347,10 +347,8 @@ def backup(trials: Trials, picture: Path | None) -> str:
         cells = [name]
         for share in (0.2, 1.0):
             population = {"jitter": share, "jitter_law": "exponential"}
-            over: Callable[[int], Outcome] = lambda seed: trials.run(  # noqa: E731
-                merged(BACKUP, {"seed": seed, "schedule": schedule, "population": population})
-            )
-            found = [over(seed) for seed in SEEDS[1:]]
+            over = {"schedule": schedule, "population": population}
+            found = [trials.run(merged(BACKUP, over, {"seed": seed})) for seed in SEEDS[1:]]
             waited = statistics.mean(o.updates / o.rounds for o in found)
             cells += [to_target(found, lambda o: o.seconds), f"{waited:.1f}"]
         rows.append(cells)

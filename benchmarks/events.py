@@ -45,12 +45,12 @@ class Idle:
 
 
 def federation(clients: int, working: int, k: int, steps: int) -> Federation:
-    """One example a client, and a model of two numbers."""
+    """One example a client, and a model of one number."""
     examples = Examples(x=torch.zeros(clients, 1), y=torch.zeros(clients, 1), classes=None)
     shards = Shards(torch.arange(clients), torch.arange(clients + 1))
     return Federation(
         recipe=parse({"evaluation": {"every": 10**9, "clients": 0}, "engine": {"mode": "fused"}}),
-        task=Task(torch.nn.Linear(1, 1), regression),
+        task=Task(torch.nn.Linear(1, 1, bias=False), regression),
         algorithm=FedBuff(),
         schedule=Buffered(stop=Stopping(rounds=steps), k=k, concurrency=working),
         topology=None,

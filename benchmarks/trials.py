@@ -52,7 +52,7 @@ class Outcome:
 
 
 def images(folder: Path, name: str, train: int, test: int) -> Table:
-    """The ``data`` section of the first images of a set in ``HANSA_DATA``; ``folder`` holds a copy of these."""
+    """The ``data`` section of the first images of a set in ``HANSA_DATA``; ``folder`` has a copy."""
     source, section = Path(os.environ["HANSA_DATA"]) / name, {"source": "npy", "scale": 255.0}
     for part, count, prefix in (("", train, "train"), ("test_", test, "t10k")):
         for what, kind, head in (("x", "images-idx3", 16), ("y", "labels-idx1", 8)):

@@ -1,8 +1,8 @@
 """Which examples make which mini-batch of a job, for many jobs at once.
 
 A job's order of examples is the order of 64-bit keys (:func:`hansa.core.randomness.hashes`), one for each
-(seed, client, job number, pass, position): no generator has a state, so jobs can be planned together, alone, in
-any order and by any process.
+(seed, client, job number, pass, position): no generator has a state, so jobs can be planned together, alone,
+in any order and by any process.
 
 Shapes: k jobs of up to T mini-batches and S examples.
 """

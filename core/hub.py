@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -23,6 +23,7 @@ from hansa.core.schedule import Aggregate, Dispatch, Event, Left, Recall, Return
 from hansa.core.sums import joined
 from hansa.core.task import Task
 from hansa.core.trees import Tree, concatenate, pick, put_under, row, squared_norm, take_under
+from hansa.core.values import made, replace
 from hansa.core.weights import Ledger
 
 _SPECTRUM = 400  # peers of whom a spectrum is computed in every step in which others take part
@@ -48,8 +49,7 @@ class Fold:
 Order = Send | Recall | Fold | Wake | Stop
 
 
-@dataclass(frozen=True)
-class Flight:
+class Flight(NamedTuple):
     """An open dispatch: what the hub must remember of it."""
 
     number: int
@@ -118,7 +118,8 @@ class Hub:
     def receive(self, client: int, *, examples: int, steps: int, now: float) -> list[Order]:
         """An update has arrived; its tensors are asked for when they are due."""
         flight = self._flights.pop(client)
-        report = Report(
+        report = made(
+            Report,
             client=client,
             number=flight.number,
             phase=flight.phase,
@@ -146,7 +147,7 @@ class Hub:
             self._ledger.enter(each.client, each.examples)
         steps = self.state.version + 1
         return tuple(
-            dataclasses.replace(
+            replace(
                 each,
                 share=self._ledger.share(each.client),
                 frequency=self._ledger.frequency(each.client, steps),
@@ -273,7 +274,7 @@ class Hub:
             "slots": sorted(self.state.slots),
             "progress": TypeAdapter(type(self._progress)).dump_python(self._progress, mode="json"),
             "jobs": sorted(self._jobs.items()),
-            "flights": [[client, dataclasses.asdict(each)] for client, each in self._flights.items()],
+            "flights": [[client, each._asdict()] for client, each in self._flights.items()],
             "ledger": self._ledger.snapshot() if self._ledger is not None else [],
             "reports": [dataclasses.asdict(each) for waiting in self._reports.values() for each in waiting],
         }

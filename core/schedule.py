@@ -12,23 +12,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from math import isqrt
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from hansa.core.errors import InputError
 from hansa.core.randomness import generator, hashed
-
-_Value = TypeVar("_Value")
-
-
-def replace(value: _Value, **changes: Any) -> _Value:
-    """:func:`dataclasses.replace` at a tenth of its price: the other fields are taken over as they are.
-
-    For values that are made at every event, and that check nothing when they are made.
-    """
-    made = object.__new__(type(value))
-    made.__dict__.update(value.__dict__, **changes)
-    return made
+from hansa.core.values import made, replace
 
 
 # Events: what an engine tells a schedule.
@@ -192,8 +180,8 @@ class Members(Set[int]):
         return self._settled(self.plus - gone, self.minus | (gone & self.base))
 
     def _settled(self, plus: frozenset[int], minus: frozenset[int]) -> Members:
-        if len(plus) + len(minus) <= max(_CHANGES, isqrt(len(self.base))):
-            return Members(self.base, plus, minus)
+        if (changes := len(plus) + len(minus)) <= _CHANGES or changes**2 <= len(self.base):
+            return made(Members, base=self.base, plus=plus, minus=minus)
         return Members((self.base - minus) | plus)
 
 
@@ -241,16 +229,17 @@ class Roster:
 
     def draw(self, count: int, seed: int, purpose: str, number: int) -> tuple[int, ...]:
         """``count`` idle clients (or as many as there are), uniformly without replacement."""
-        count = min(count, self.idle)
+        idle = self.idle
+        count = min(count, idle)
         if not count:
             return ()
-        if count == 1 and self.idle * _TRIES >= self.population:
+        if count == 1 and idle * _TRIES >= self.population:
             for attempt in itertools.count():
                 client = hashed(seed, purpose, number, attempt) % self.population
                 if client not in self.busy and client not in self.away:
                     return (client,)
         rng = generator(seed, purpose, number)
-        if (count + self.population - self.idle) * 2 >= self.population:  # few are left: list them
+        if (count + self.population - idle) * 2 >= self.population:  # few are left: list them
             free = self._free()
             return tuple(free[i] for i in rng.permutation(len(free))[:count])
         chosen: dict[int, None] = {}  # many are left: draw until enough differ, whatever the population
@@ -355,6 +344,5 @@ __all__ = [
     "Stopping",
     "Tick",
     "Wake",
-    "replace",
     "require",
 ]

@@ -12,7 +12,7 @@ Shapes: k rows in one call, g blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,13 @@ class Part:
             torch._foreach_add_([self.sums[n] for n in old], [sums[n] for n in old], alpha=scale)
         for name, mass in masses.items():
             self.masses[name] = self.masses.get(name, 0.0) + mass
+
+    def go_on(self, sums: list[Tensor], row: Sequence[Tensor], weight: float) -> None:
+        """:meth:`add` of a row that has all names, to ``sums`` in the row's order."""
+        if sums:
+            torch._foreach_add_(sums, list(row), alpha=weight)
+        for name in self.masses:
+            self.masses[name] += weight
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,14 @@ class Sums:
         carried = {name: each.tolist() for name, each in present.items()}
         rows = zip(*(_wide(each).unbind() for each in updates.values()), strict=True) if updates else ()
         for i, (row, weight) in enumerate(zip(rows or [()] * len(weights), weights.tolist(), strict=True)):
-            here = dict(zip(names, row, strict=True))
-            if carried:
-                here = {name: each for name, each in here.items() if name not in carried or carried[name][i]}
             part = part or Part({}, {})
-            part.add(here, dict.fromkeys(here, weight), weight)
+            if carried or part.sums.keys() != updates.keys():
+                here = {
+                    n: each for n, each in zip(names, row, strict=True) if n not in carried or carried[n][i]
+                }
+                part.add(here, dict.fromkeys(here, weight), weight)
+            else:
+                part.go_on([part.sums[name] for name in names], row, weight)
             count += 1
             if count % BLOCK == 0:
                 _push(nodes, Node(count // BLOCK - 1, 0, part))

@@ -24,6 +24,7 @@ from hansa.core.hub import Fold, Hub, Order, PeerHub, Send
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import Outcome, Participation, Round, Verdicts
 from hansa.core.trees import Tree, flatten, movement, put_under, take_under, unflatten
+from hansa.core.values import made
 from hansa.simulation import checkpoint
 from hansa.simulation.attacks import Attack
 from hansa.simulation.bank import Bank
@@ -371,7 +372,8 @@ class Simulator:
         returned: float | None = None,
     ) -> None:
         self._participants.append(
-            Participation(
+            made(
+                Participation,
                 client=job.client,
                 phase=job.job.phase,
                 examples=int(self._examples[job.client]),

@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hansa.core.schedule import Aggregated, Command, Event, Returned, replace, require
+from hansa.core.schedule import Aggregated, Command, Event, Returned, require
+from hansa.core.values import replace
 from hansa.strategies.rounds import Rounds, RoundsProgress
 
 

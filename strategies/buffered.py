@@ -21,9 +21,9 @@ from hansa.core.schedule import (
     Returned,
     Stop,
     Stopping,
-    replace,
     require,
 )
+from hansa.core.values import replace
 
 
 @dataclass(frozen=True, kw_only=True)

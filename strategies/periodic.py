@@ -27,9 +27,9 @@ from hansa.core.schedule import (
     Stopping,
     Tick,
     Wake,
-    replace,
     require,
 )
+from hansa.core.values import replace
 
 
 @dataclass(frozen=True, kw_only=True)
