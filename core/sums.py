@@ -12,7 +12,7 @@ Shapes: k rows in one call, g blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from torch import Tensor
 from hansa.core.trees import Tree, put_under, take_under
 
 BLOCK = 8
+_SMALL = (
+    1024  # numbers in a row, up to which it costs more to take rows up one by one than to read them twice
+)
 
 
 @dataclass
@@ -40,13 +43,6 @@ class Part:
             torch._foreach_add_([self.sums[n] for n in old], [sums[n] for n in old], alpha=scale)
         for name, mass in masses.items():
             self.masses[name] = self.masses.get(name, 0.0) + mass
-
-    def go_on(self, sums: list[Tensor], row: Sequence[Tensor], weight: float) -> None:
-        """:meth:`add` of a row that has all names, to ``sums`` in the row's order."""
-        if sums:
-            torch._foreach_add_(sums, list(row), alpha=weight)
-        for name in self.masses:
-            self.masses[name] += weight
 
 
 @dataclass(frozen=True)
@@ -75,19 +71,21 @@ class Sums:
 
     def add(self, updates: Tree, weights: Tensor, present: Mapping[str, Tensor]) -> Sums:
         """Go on with the next k rows [k, ...]; ``weights`` and ``present`` as a reducer is given them."""
+        rows, scales = {name: _wide(each) for name, each in updates.items()}, weights.tolist()
+        if small := bool(rows) and sum(each[0].numel() for each in rows.values()) <= _SMALL:
+            rows = {n: each * _aligned(weights, each) for n, each in rows.items()}
+            if self.open is None and not present:
+                return self.add_blocks({n: _blockwise(each) for n, each in rows.items()}, weights)
         nodes, part, count = list(self.nodes), self.open, self.rows
-        names = list(updates)
+        names = list(rows)
         carried = {name: each.tolist() for name, each in present.items()}
-        rows = zip(*(_wide(each).unbind() for each in updates.values()), strict=True) if updates else ()
-        for i, (row, weight) in enumerate(zip(rows or [()] * len(weights), weights.tolist(), strict=True)):
+        each = (
+            zip(*(tensor.unbind() for tensor in rows.values()), strict=True) if rows else [()] * len(scales)
+        )
+        for i, (row, weight) in enumerate(zip(each, scales, strict=True)):
+            here = {n: t for n, t in zip(names, row, strict=True) if n not in carried or carried[n][i]}
             part = part or Part({}, {})
-            if carried or part.sums.keys() != updates.keys():
-                here = {
-                    n: each for n, each in zip(names, row, strict=True) if n not in carried or carried[n][i]
-                }
-                part.add(here, dict.fromkeys(here, weight), weight)
-            else:
-                part.go_on([part.sums[name] for name in names], row, weight)
+            part.add(here, dict.fromkeys(here, weight), 1.0 if small else weight)
             count += 1
             if count % BLOCK == 0:
                 _push(nodes, Node(count // BLOCK - 1, 0, part))
@@ -156,6 +154,20 @@ def _push(nodes: list[Node], node: Node) -> None:
         left.part.add(node.part.sums, node.part.masses)
         node = Node(left.first, left.level + 1, left.part)
     nodes.append(node)
+
+
+def _aligned(weights: Tensor, rows: Tensor) -> Tensor:
+    """[k] as [k, 1, ...], in the precision of the rows."""
+    return weights.to(rows).reshape(-1, *(1,) * (rows.ndim - 1))
+
+
+def _blockwise(rows: Tensor) -> Tensor:
+    """The sums of blocks [g, ...] of rows [k, ...], each added up row after row; the last may lack rows."""
+    total = rows[::BLOCK].clone()
+    for i in range(1, BLOCK):
+        some = rows[i::BLOCK]
+        total[: len(some)] += some
+    return total
 
 
 def _wide(rows: Tensor) -> Tensor:

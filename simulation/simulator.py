@@ -127,7 +127,7 @@ class Simulator:
         self._now = 0  # microseconds
         self._alarms: list[_Alarm] = []
         self._alarm_order = itertools.count()
-        self._examples = federation.data.train_shards.sizes.numpy()
+        self._examples: list[int] = federation.data.train_shards.sizes.tolist()
         self._whole = 2 if federation.task.mixes_examples() else 1
         self._sizes = _Sizes()
         self._open: dict[int, dict[int, Open]] = {}  # client -> job number -> job
@@ -288,7 +288,7 @@ class Simulator:
         if mine := self._open.get(client):
             self._computing.settle([job for job in mine.values() if job.update is None], self._flying())
         planned = f.algorithm.work(f.work, job.phase).count(
-            int(self._examples[client]),
+            self._examples[client],
             seed=self._seed,
             client=client,
             number=job.number,
@@ -323,7 +323,7 @@ class Simulator:
         self._lost_in_a_row = 0
         if job.private is not None:
             self._bank.put(job.client, job.private)
-        examples = int(self._examples[job.client])
+        examples = self._examples[job.client]
         self._obey(self.hub.receive(job.client, examples=examples, steps=job.steps, now=self._now / 1e6))
 
     def _recall(self, client: int, partial: bool) -> None:
@@ -376,7 +376,7 @@ class Simulator:
                 Participation,
                 client=job.client,
                 phase=job.job.phase,
-                examples=int(self._examples[job.client]),
+                examples=self._examples[job.client],
                 steps=steps,
                 staleness=staleness,
                 weight=weight,

@@ -19,6 +19,7 @@ from hansa.core.schedule import (
     Left,
     Progress,
     Returned,
+    Roster,
     Stop,
     Stopping,
     require,
@@ -92,26 +93,29 @@ class Buffered:
             return p, ()
         match event:
             case Joined():
-                return self._go_on(replace(p, roster=p.roster.joined(event)))
+                return self._go_on(p, p.roster.joined(event), p.returned)
             case Left(client):
-                return self._go_on(replace(p, roster=p.roster.left(client)))
+                return self._go_on(p, p.roster.left(client), p.returned)
             case Returned(client) if client in p.roster.busy:
-                p = replace(p, roster=p.roster.ended(client), returned=(*p.returned, client))
-                return self._go_on(p)
+                return self._go_on(p, p.roster.ended(client), (*p.returned, client))
             case Aggregated(score) if p.aggregating:
                 p = replace(p, step=p.step + 1, aggregating=False)
                 if reason := self.stop.reached(p.step, now, score):
                     return replace(p, stopped=True), (Stop(reason),)
-                return self._go_on(p)
+                return self._go_on(p, p.roster, p.returned)
             case _:
                 return p, ()
 
-    def _go_on(self, p: BufferedProgress) -> tuple[BufferedProgress, tuple[Command, ...]]:
+    def _go_on(
+        self, p: BufferedProgress, roster: Roster, returned: tuple[int, ...]
+    ) -> tuple[BufferedProgress, tuple[Command, ...]]:
         if p.aggregating:  # slots are refilled with the newer model, right after the step
-            return p, ()
-        if len(p.returned) >= self.k:
-            due, rest = p.returned[: self.k], p.returned[self.k :]
-            return replace(p, returned=rest, aggregating=True), (Aggregate(due),)
-        chosen = p.roster.draw(self.concurrency - len(p.roster.busy), p.seed, "slot", p.sent)
-        p = replace(p, roster=p.roster.dispatched(*chosen), sent=p.sent + len(chosen))
+            return replace(p, roster=roster, returned=returned), ()
+        if len(returned) >= self.k:
+            due, rest = returned[: self.k], returned[self.k :]
+            return replace(p, roster=roster, returned=rest, aggregating=True), (Aggregate(due),)
+        chosen = roster.draw(self.concurrency - len(roster.busy), p.seed, "slot", p.sent)
+        if chosen:
+            roster = roster.dispatched(*chosen)
+        p = replace(p, roster=roster, returned=returned, sent=p.sent + len(chosen))
         return p, tuple(Dispatch(client) for client in chosen)
