@@ -25,6 +25,7 @@ from hansa.simulation.simulator import Simulator
 from hansa.strategies.catalog import assemble
 
 Table = Mapping[str, Any]
+MORE = 2  # rates that may be tried beyond the border of the grid
 TAIL = 10  # evaluations whose mean is the accuracy at the end
 
 
@@ -145,28 +146,42 @@ def fastest(trials: Trials, sections: Table, rates: Sequence[float], seeds: Sequ
     A rate that has not reached the target in the time of one that did is not followed further.
     """
     limit = sections["stop"]["time"]
-    tried: dict[float, Outcome] = {}
-    for rate in rates:
-        best = min((each.seconds for each in tried.values() if each.reached), default=limit)
-        tried[rate] = trials.run(
-            merged(sections, {"seed": seeds[0], "train": {"lr": rate}, "stop": {"time": best}})
-        )
-    chosen = min(tried, key=lambda rate: (not tried[rate].reached, tried[rate].seconds, -tried[rate].best))
-    return _followed(trials, sections, chosen, rates, seeds)
+
+    def tried(rate: float, before: Mapping[float, Outcome]) -> Outcome:
+        best = min((each.seconds for each in before.values() if each.reached), default=limit)
+        return trials.run(merged(sections, {"seed": seeds[0], "train": {"lr": rate}, "stop": {"time": best}}))
+
+    return _tuned(trials, sections, rates, seeds, tried, lambda o: (o.reached, -o.seconds, o.best))
 
 
 def most_accurate(trials: Trials, sections: Table, rates: Sequence[float], seeds: Sequence[int]) -> Tuned:
     """Tune ``train.lr`` on the first seed by the accuracy at the end; run the others."""
-    tried = {rate: trials.run(merged(sections, {"seed": seeds[0], "train": {"lr": rate}})) for rate in rates}
-    chosen = max(tried, key=lambda rate: tried[rate].final)
-    return _followed(trials, sections, chosen, rates, seeds)
+
+    def tried(rate: float, _: Mapping[float, Outcome]) -> Outcome:
+        return trials.run(merged(sections, {"seed": seeds[0], "train": {"lr": rate}}))
+
+    return _tuned(trials, sections, rates, seeds, tried, lambda o: o.final)
 
 
-def _followed(
-    trials: Trials, sections: Table, rate: float, rates: Sequence[float], seeds: Sequence[int]
+def _tuned(
+    trials: Trials,
+    sections: Table,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    tried: Callable[[float, Mapping[float, Outcome]], Outcome],
+    merit: Callable[[Outcome], Any],
 ) -> Tuned:
-    outcomes = [trials.run(merged(sections, {"seed": seed, "train": {"lr": rate}})) for seed in seeds[1:]]
-    return Tuned(rate, rates, outcomes)
+    """Try all rates, and up to ``MORE`` beyond a border at which the best lies; run it on fresh seeds."""
+    found: dict[float, Outcome] = {}
+    ahead = list(rates)
+    while ahead:
+        rate = ahead.pop(0)
+        found[rate] = tried(rate, found)
+        best = max(found, key=lambda rate: merit(found[rate]))
+        if not ahead and len(found) < len(rates) + MORE:
+            ahead = [best * step for step, end in ((2, max), (0.5, min)) if best == end(found)]
+    outcomes = [trials.run(merged(sections, {"seed": seed, "train": {"lr": best}})) for seed in seeds[1:]]
+    return Tuned(best, list(found), outcomes)
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:

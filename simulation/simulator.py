@@ -187,14 +187,18 @@ class Simulator:
             if self.hub.state.version - self._saved >= self._f.recipe.engine.checkpoint_every:
                 self._save()
             if not self._alarms or (not self._open and all(alarm.kind == _TICK for alarm in self._alarms)):
-                raise InputError(
-                    "population",
-                    f"{self._f.clients} clients",
-                    f"after round {self.hub.state.version} no client is at work and none will come",
-                    "lower schedule.minimum, or let clients return (population.recovery)",
-                )
+                raise self._nobody_comes()
             self._ring(heapq.heappop(self._alarms))
         return self._reason
+
+    def _nobody_comes(self) -> InputError:
+        told = f"after round {self.hub.state.version} no client is at work and none will come"
+        if self._resting:
+            gone = f"{told}: {len(self._resting)} of {self._f.clients} dropped out and never return"
+            remedy = "give the seconds after which they are back, or a lower population.dropout"
+            return InputError("population.recovery", self._population.recovery, gone, remedy)
+        minimum = getattr(self._f.schedule, "minimum", 1)
+        return InputError("schedule.minimum", minimum, told, "lower it to as many as are there at a time")
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -347,12 +351,13 @@ class Simulator:
         self._close(job)
         self._lost_in_a_row += outcome == "lost"
         if self._lost_in_a_row > max(1000, _PATIENCE * self._f.clients):
-            raise InputError(
-                "population",
-                f"{self._lost_in_a_row} jobs",
-                "all were lost, one after the other, and none came back",
-                "raise population.availability or .period, or lower population.dropout or .step_time",
-            )
+            lost = f"{self._lost_in_a_row} jobs were lost, one after the other, and none came back"
+            if self._population.always_there:
+                remedy = "lower it"
+                raise InputError("population.dropout", self._population.dropout, lost, remedy)
+            named = "sessions" if self._population.pattern == "traces" else "availability"
+            remedy = "let clients stay for as long as a job takes, or lower population.step_time"
+            raise InputError(f"population.{named}", getattr(self._population, named), lost, remedy)
         self._note(job, outcome, steps=0 if outcome == "lost" else job.steps)
 
     def _close(self, job: Open) -> None:

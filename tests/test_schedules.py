@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -492,6 +493,36 @@ def test_both_ways_of_drawing_are_uniform(away: int) -> None:
     assert set(counts) == set(range(away, 10))
     expected = 2_000 / (10 - away)
     assert chi2.sf(sum((n - expected) ** 2 / expected for n in counts.values()), 9 - away) > 0.01
+
+
+def test_a_slot_goes_to_whoever_is_idle_however_clients_come_and_go() -> None:
+    """The next client of a slot against a plain set of the idle, near full, in between and almost empty."""
+    for concurrency in (40, 39, 20, 2):
+        schedule = Buffered(k=1, concurrency=concurrency, stop=Stopping(rounds=10**6))
+        progress, commands = schedule.on(schedule.start(5), Joined(range(40)), 0.0)
+        busy, away = set(dispatched(commands)), set[int]()
+        assert len(busy) == concurrency
+        rng = np.random.default_rng(concurrency)
+        for _ in range(300):
+            event: Returned | Left | Joined = Returned(int(rng.choice(sorted(busy))))
+            if away and rng.random() < 0.2:
+                event = Joined((away.pop(),))
+            elif rng.random() < 0.2:
+                event = Left(int(rng.choice(sorted(set(range(40)) - away))))
+                away.add(event.client)
+            if not isinstance(event, Joined):
+                busy.discard(event.client)
+            progress, commands = schedule.on(progress, event, 0.0)
+            sent = dispatched(commands)
+            if any(isinstance(each, Aggregate) for each in commands):
+                progress, commands = schedule.on(progress, Aggregated(), 0.0)
+                sent = dispatched(commands)
+            assert len(set(sent)) == len(sent)
+            assert not (busy | away) & set(sent)
+            busy |= set(sent)
+            assert len(busy) == min(concurrency, 40 - len(away))
+            assert set(progress.roster.busy) == busy
+            assert set(progress.roster.away) == away
 
 
 def test_a_cohort_out_of_a_million_costs_no_list_of_a_million() -> None:
