@@ -13,8 +13,11 @@ def test_draws_are_the_same_one_by_one_and_together() -> None:
 
 
 def test_draws_of_other_seeds_purposes_and_numbers_differ() -> None:
-    names = [(0, "a", 1, 2), (0, "a", 2, 1), (0, "a", 1), (0, "a"), (1, "a", 1, 2), (0, "b", 1, 2)]
-    assert len({hashed(*name) for name in names}) == len(names)
+    drawn = [
+        *(hashed(0, "a", *numbers) for numbers in ((), (1,), (1, 2), (2, 1))),
+        *(hashed(seed, purpose, 1, 2) for seed, purpose in ((1, "a"), (0, "b"))),
+    ]
+    assert len(set(drawn)) == len(drawn)
 
 
 def test_uniform_draws_fill_the_open_interval() -> None:
