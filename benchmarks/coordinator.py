@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import itertools
 import statistics
 import tempfile
@@ -35,7 +34,7 @@ from hansa.core.trust import Role, channel_credentials
 from hansa.core.wire import OPTIONS, PIECE, version
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import AgentsStub
-from hansa.core.wire.tensors import describe, pack
+from hansa.core.wire.tensors import pack
 from hansa.server.trust import Authority
 from hansa.server.trust.local import join_here
 
@@ -101,17 +100,20 @@ def rounds(count: int) -> None:
     print(f"no-op round, two agents: median {median:.1f} ms, 99th percentile {late:.1f} ms, {count} rounds")
 
 
-def stub(address: str, identity: Path) -> AgentsStub:
+def channel(address: str, identity: Path) -> grpc.aio.Channel:
     options = (*OPTIONS, ("grpc.use_local_subchannel_pool", 1))
-    return AgentsStub(grpc.aio.secure_channel(address, channel_credentials(identity), options=options))
+    return grpc.aio.secure_channel(address, channel_credentials(identity), options=options)
 
 
-async def attend(address: str, identity: Path, clients: list[int]) -> tuple[AgentsStub, Any]:
-    made = stub(address, identity)
-    stream = made.Attend()
+async def attend(address: str, identity: Path, clients: list[int]) -> tuple[Any, Any]:
+    """An agent that is there: what it uploads by, of messages that are bytes already, and its stream."""
+    made = channel(address, identity)
+    stream = AgentsStub(made).Attend()
     await stream.write(pb.FromAgent(hello=pb.Hello(version=version(), seats=pb.Seats(clients=clients))))
     await stream.read()
-    return made, stream
+    return made.stream_stream(
+        "/hansa.v1.Agents/Upload", response_deserializer=pb.UploadReply.FromString
+    ), stream
 
 
 async def beat(place: Place, count: int, seconds: float) -> None:
@@ -160,32 +162,29 @@ async def upload(place: Place, members: list[Path], total: int, *, at_once: bool
     left, done = total, 0
     began = time.perf_counter()
 
-    async def one(made: AgentsStub, stream: Any) -> None:
+    async def one(upload: Any, stream: Any) -> None:
         nonlocal left, done
-        data, digest, tensors = b"", "", ()
+        facts: dict[str, Any] = {}
+        pieces: list[bytes] = []
         while left > 0:
             message = await stream.read()
             if message is grpc.aio.EOF or message.WhichOneof("body") != "job":
                 continue
             left -= 1
             job = message.job
-            if not data:
-                tree = {t.name: torch.randn(tuple(t.shape)) * 1e-6 for t in job.tensors}
-                packed = pack(tree)
-                data, digest, tensors = packed.data, hashlib.sha256(packed.data).hexdigest(), describe(tree)
-            call = made.Upload()
-            manifest = pb.Manifest(
-                lease=job.lease,
-                update=pb.Blob(digest=digest, size=len(data)),
-                tensors=tensors,
-                examples=1,
-                steps=1,
-            )
-            await call.write(pb.UploadRequest(manifest=manifest))
+            if not pieces:
+                packed = pack({t.name: torch.randn(tuple(t.shape)) * 1e-6 for t in job.tensors})
+                blob = pb.Blob(digest=packed.digest, size=len(packed.data))
+                facts = {"update": blob, "tensors": packed.tensors, "examples": 1, "steps": 1}
+                for at in range(0, len(packed.data), PIECE):
+                    piece = pb.Piece(offset=at, data=packed.data[at : at + PIECE])
+                    pieces.append(pb.UploadRequest(piece=piece).SerializeToString())
+            call = upload()
+            manifest = pb.Manifest(lease=job.lease, **facts)
+            await call.write(pb.UploadRequest(manifest=manifest).SerializeToString())
             await call.read()
-            for offset in range(0, len(data), PIECE):
-                piece = pb.Piece(offset=offset, data=data[offset : offset + PIECE])
-                await call.write(pb.UploadRequest(piece=piece))
+            for each in pieces:
+                await call.write(each)
             assert (await call.read()).acknowledgement.counted
             done += 1
 

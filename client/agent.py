@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import hashlib
 import math
 import platform
 import random
@@ -331,7 +332,11 @@ class Agent:
         )
 
     async def _blob(self, job: pb.Job, blob: pb.Blob) -> bytes:
-        """A recipe or a model: fetched once, however many jobs name it."""
+        """A recipe or a model: fetched once, however many jobs name it, unless it came with the job."""
+        if blob.data:
+            if hashlib.sha256(blob.data).hexdigest() != blob.digest:
+                raise Gone("what the coordinator sent is not what it announced")
+            return blob.data
         known = self._blobs.get(blob.digest)
         if known is None or (known.done() and (known.cancelled() or known.exception() is not None)):
             fetching = self._insist(lambda link: link.download(job.lease, blob))

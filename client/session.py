@@ -11,7 +11,7 @@ import grpc
 
 from hansa.client.outbox import Entry, Outbox
 from hansa.core.trust import channel_credentials, insecure_channel
-from hansa.core.wire import NAME, OPTIONS, PIECE
+from hansa.core.wire import INLINE, NAME, OPTIONS, PIECE
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import AgentsStub
 
@@ -103,9 +103,10 @@ class Link:
             When it never will.
         """
         call = self._stub.Upload(metadata=self._metadata)
+        inline = outbox.read(entry, 0, entry.size) if entry.size <= INLINE else b""
         manifest = pb.Manifest(
             lease=bytes.fromhex(entry.lease),
-            update=pb.Blob(digest=entry.digest, size=entry.size),
+            update=pb.Blob(digest=entry.digest, size=entry.size, data=inline),
             tensors=entry.infos(),
             examples=entry.examples,
             steps=entry.steps,

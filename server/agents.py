@@ -8,6 +8,7 @@ refusal has a status of its own and a line in the log, and leaves no trace in th
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ import grpc
 import structlog
 
 from hansa.core.trust.identity import Identity
-from hansa.core.wire import PIECE, stranger, version
+from hansa.core.wire import INLINE, PIECE, stranger, version
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import AgentsServicer
-from hansa.core.wire.tensors import Malformed, require_alike, size_limit, unpack_file
+from hansa.core.wire.tensors import Malformed, Packed, require_alike, size_limit, unpack, unpack_file
 from hansa.server.artefacts import Reception
 from hansa.server.crash import point
 from hansa.server.figures import FIGURES
@@ -49,7 +50,8 @@ class Limits:
     ----------
     uploads: at a time; others wait for a permit.
     waiting: agents that may wait for one; more are told to come back.
-    update: bytes of an update. examples: of a client, its weight. steps: of a job.
+    update: bytes of an update. inline: bytes up to which it may come in its manifest.
+    examples: of a client, its weight. steps: of a job.
     patience: seconds between two pieces of an upload.
     heartbeat: seconds between two heartbeats; an agent that misses three is gone.
     grace: seconds that an agent may be gone before its jobs are lost.
@@ -58,6 +60,7 @@ class Limits:
     uploads: int = 16
     waiting: int = 1000
     update: int = 2 << 30
+    inline: int = INLINE
     examples: int = 100_000_000
     steps: int = 1_000_000
     patience: float = 30.0
@@ -70,7 +73,7 @@ class Attendant:
 
     def __init__(self, who: Identity, hello: pb.Hello, roster: Roster) -> None:
         self.name, self.serial, self.hello, self._roster = who.name, who.serial, hello, roster
-        self.out: asyncio.Queue[pb.ToAgent | None] = asyncio.Queue()  # None: another took its place
+        self.out: asyncio.Queue[pb.ToAgent | None] = asyncio.Queue()  # None: it ends
         self._holding = {bytes(each) for each in hello.holding}
 
     def clients(self, population: int) -> list[int]:
@@ -93,7 +96,7 @@ class Attendant:
             number=job.number,
             phase=job.phase,
             recipe=pb.Blob(digest=run.recipe_digest, size=len(run.recipe_blob)),
-            payload=pb.Blob(digest=job.packed.digest, size=len(job.packed.data)),
+            payload=_blob(job.packed),
             tensors=job.packed.tensors,
             some=job.keys is not None,
             keys=sorted(job.keys or ()),
@@ -149,18 +152,13 @@ class Agents(AgentsServicer):
         )
         self._office.enter(attendant)
         listening = asyncio.create_task(self._listen(request_iterator, attendant))
+        listening.add_done_callback(lambda _: attendant.out.put_nowait(None))
         try:
-            while True:
-                waiting = asyncio.create_task(attendant.out.get())
-                done, _ = await asyncio.wait({waiting, listening}, return_when=asyncio.FIRST_COMPLETED)
-                if waiting not in done:
-                    waiting.cancel()
-                    listening.result()
-                    return
-                message = waiting.result()
-                if message is None:
-                    await self._refuse(context, Code.ABORTED, name, "another agent of this name came")
+            while (message := await attendant.out.get()) is not None:
                 await context.write(message)
+            if not listening.done():
+                await self._refuse(context, Code.ABORTED, name, "another agent of this name came")
+            listening.result()
         except TimeoutError:
             await self._refuse(context, Code.DEADLINE_EXCEEDED, name, "three heartbeats were missed")
         finally:
@@ -270,8 +268,20 @@ class Agents(AgentsServicer):
             await self._refuse(context, Code.RESOURCE_EXHAUSTED, name, "too many uploads wait", run=run.id)
         self._under_way.add(claim)
         try:
-            async with self._permits:
-                counted = await self._receive(messages, context, name, run, job, manifest)
+            data = await self._take(messages, context, name, run, job, manifest)
+            verdict = await run.tell(
+                "update",
+                client=job.client,
+                number=job.number,
+                body={
+                    "digest": manifest.update.digest,
+                    "examples": manifest.examples,
+                    "steps": manifest.steps,
+                    "loss": manifest.loss if manifest.has_loss else None,
+                    "agent": name,
+                },
+                data=data,
+            )
         except OSError as error:
             why = f"the coordinator's disk takes nothing now ({error.strerror}); send it again later"
             await self._refuse(context, Code.RESOURCE_EXHAUSTED, name, why, run=run.id)
@@ -279,7 +289,11 @@ class Agents(AgentsServicer):
             await self._refuse(context, Code.UNAVAILABLE, name, "this coordinator ends", run=run.id)
         finally:
             self._under_way.discard(claim)
-        await context.write(_acknowledge(counted))
+        point("before-ack")
+        self._office.roster.sent(name, manifest, counted=verdict == "counted")
+        FIGURES.updates.labels(verdict).inc()
+        FIGURES.bytes_up.inc(manifest.update.size)
+        await context.write(_acknowledge(verdict == "counted"))
 
     def _wrong(self, manifest: pb.Manifest, job: Open) -> str | None:
         """What is wrong with a manifest."""
@@ -302,6 +316,35 @@ class Agents(AgentsServicer):
             return "the loss is not finite"
         return None
 
+    async def _take(
+        self,
+        messages: AsyncIterator[pb.UploadRequest],
+        context: Context,
+        name: str,
+        run: Run,
+        job: Open,
+        manifest: pb.Manifest,
+    ) -> bytes | None:
+        """Take the bytes and check them: those of the manifest, or pieces, which then are an artefact."""
+        data = manifest.update.data
+        try:
+            if 0 < len(data) == manifest.update.size <= self._limits.inline:
+                point("after-pieces")
+                if hashlib.sha256(data).hexdigest() != manifest.update.digest:
+                    raise _Damaged
+                unpack(data, job.expected)
+                return data
+            async with self._permits:
+                await self._receive(messages, context, name, run, job, manifest)
+            return None
+        except _Damaged:  # on its way: it may be sent again
+            await self._refuse(context, Code.DATA_LOSS, name, str(_Damaged()), run=run.id)
+        except Malformed as error:
+            self._spoilt(run, job, name, str(error))
+            await self._refuse(
+                context, Code.INVALID_ARGUMENT, name, str(error), run=run.id, client=job.client
+            )
+
     async def _receive(
         self,
         messages: AsyncIterator[pb.UploadRequest],
@@ -310,11 +353,11 @@ class Agents(AgentsServicer):
         run: Run,
         job: Open,
         manifest: pb.Manifest,
-    ) -> bool:
-        """Take the bytes, check them, and make them an event; returns whether the update counts."""
+    ) -> None:
+        """Let the pieces come into an artefact, and check them."""
         digest, size = manifest.update.digest, manifest.update.size
         where = run.id, f"{job.client}-{job.number}", digest
-        reception = self._office.artefacts.receive(*where)
+        reception = await asyncio.to_thread(self._office.artefacts.receive, *where)
         try:
             if reception.offset > size:
                 reception.discard()
@@ -322,56 +365,35 @@ class Agents(AgentsServicer):
             await context.write(pb.UploadReply(permit=pb.Permit(offset=reception.offset)))
             while reception.offset < size:
                 message = await self._next(messages, context, name)
-                piece = message.piece
-                if message.WhichOneof("body") != "piece" or piece.offset != reception.offset:
+                offset, data = message.piece.offset, message.piece.data  # a copy each time that it is read
+                if message.WhichOneof("body") != "piece" or offset != reception.offset:
                     await self._refuse(
                         context, Code.FAILED_PRECONDITION, name, "a piece is out of order", run=run.id
                     )
-                if not piece.data or reception.offset + len(piece.data) > size:
+                if not data or offset + len(data) > size:
                     reception.discard()
                     await self._refuse(
                         context, Code.INVALID_ARGUMENT, name, "more bytes than the manifest said", run=run.id
                     )
-                await asyncio.to_thread(reception.write, piece.data)
+                if reception.take(data):
+                    await asyncio.to_thread(reception.write)
             point("after-pieces")
-            try:
-                await asyncio.to_thread(self._check, reception, job)
-            except Malformed as error:
-                reception.discard()
-                if str(error) == _DAMAGED:  # on its way: it may be sent again
-                    await self._refuse(context, Code.DATA_LOSS, name, _DAMAGED, run=run.id)
-                self._spoilt(run, job, name, str(error))
-                await self._refuse(
-                    context, Code.INVALID_ARGUMENT, name, str(error), run=run.id, client=job.client
-                )
-            await asyncio.to_thread(reception.keep)
+            await asyncio.to_thread(self._keep, reception, job)
         except BaseException:
             reception.pause()
             raise
         point("after-rename")
-        verdict = await run.tell(
-            "update",
-            client=job.client,
-            number=job.number,
-            body={
-                "digest": digest,
-                "examples": manifest.examples,
-                "steps": manifest.steps,
-                "loss": manifest.loss if manifest.has_loss else None,
-                "agent": name,
-            },
-        )
-        point("before-ack")
-        self._office.roster.sent(name, manifest, counted=verdict == "counted")
-        FIGURES.updates.labels(verdict).inc()
-        FIGURES.bytes_up.inc(size)
-        return verdict == "counted"
 
     @staticmethod
-    def _check(reception: Reception, job: Open) -> None:
-        if not reception.whole():
-            raise Malformed(_DAMAGED)
-        unpack_file(reception.path, job.expected)
+    def _keep(reception: Reception, job: Open) -> None:
+        try:
+            if not reception.whole():
+                raise _Damaged
+            unpack_file(reception.path, job.expected)
+        except Malformed:
+            reception.discard()
+            raise
+        reception.keep()
 
     async def _next(
         self, messages: AsyncIterator[pb.UploadRequest], context: Context, name: str
@@ -408,7 +430,16 @@ class Agents(AgentsServicer):
         raise AssertionError
 
 
-_DAMAGED = "the bytes are not those of the digest"
+class _Damaged(Malformed):
+    """Bytes that changed on their way."""
+
+    def __init__(self) -> None:
+        super().__init__("the bytes are not those of the digest")
+
+
+def _blob(packed: Packed) -> pb.Blob:
+    size = len(packed.data)
+    return pb.Blob(digest=packed.digest, size=size, data=packed.data if size <= INLINE else b"")
 
 
 async def _asked(run: Run | Past, question: Callable[[A], B], argument: A) -> B:

@@ -20,6 +20,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,7 @@ from hansa.core.errors import RunError
 from hansa.server.patience import Over
 
 _AT_ONCE = 8  # files given to the disk together
+_HELD = 4 << 20  # bytes of an upload in memory before they are written
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -127,32 +129,43 @@ class Artefacts:
 
 
 class Reception:
-    """Bytes that arrive piece by piece.
+    """Bytes that arrive piece by piece, hashed and written a few at a time, away from the event loop.
 
     Attributes
     ----------
-    offset: how many are there.
-    path: the file they are in.
+    offset: how many have arrived.
+    path: the file they are in, or will be.
     """
 
     def __init__(self, artefacts: Artefacts, path: Path, digest: str) -> None:
         self._artefacts, self.path, self._digest = artefacts, path, digest
         self._hash = hashlib.sha256()
+        self._pieces: list[bytes] = []
+        self._held = 0
         self._file: BinaryIO = path.open("a+b")
         self._file.seek(0)
         while part := self._file.read(1 << 20):
             self._hash.update(part)
         self.offset = self._file.tell()
 
-    def write(self, data: bytes) -> None:
-        """Take the next bytes."""
-        self._file.write(data)
-        self._hash.update(data)
+    def take(self, data: bytes) -> bool:
+        """Take the next bytes; returns whether it is time to :meth:`write`."""
+        self._pieces.append(data)
+        self._held += len(data)
         self.offset += len(data)
+        return self._held >= _HELD
+
+    def write(self) -> None:
+        """Hash and write what is held."""
+        pieces, self._pieces, self._held = self._pieces, [], 0
+        for data in pieces:
+            self._file.write(data)
+            self._hash.update(data)
+        self._file.flush()
 
     def whole(self) -> bool:
         """Whether the bytes are those of the digest."""
-        self._file.flush()
+        self.write()
         return self._hash.hexdigest() == self._digest
 
     def keep(self) -> None:
@@ -160,8 +173,12 @@ class Reception:
         self._artefacts.keep(self._file, self.path, self._digest)
 
     def pause(self) -> None:
-        """Leave them for another try."""
-        self._file.close()
+        """Leave them for another try; what a full disk does not take is sent again."""
+        if not self._file.closed:
+            with suppress(OSError):
+                self.write()
+            with suppress(OSError):
+                self._file.close()
 
     def discard(self) -> None:
         """Forget them."""

@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from hansa.core.errors import InputError, RunError
 
-REVISION = "2"
+REVISION = "3"
 """The newest revision in :mod:`hansa.server.migrations`."""
 
 _KEY = 0x48414E5341  # of the advisory lock: "HANSA"

@@ -71,6 +71,13 @@ _events = Table(
     UniqueConstraint("run", "client", "number"),  # a job's update is accepted once
 )
 
+_blobs = Table(
+    "blobs",
+    metadata,
+    Column("digest", Text, primary_key=True),  # SHA-256
+    Column("data", LargeBinary, nullable=False),
+)
+
 _snapshots = Table(
     "snapshots",
     metadata,
@@ -83,7 +90,11 @@ _snapshots = Table(
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened to a run, at ``at`` seconds on its clock."""
+    """Something that happened to a run, at ``at`` seconds on its clock.
+
+    ``data`` are an update's bytes where they are few: kept beside the event (:meth:`EventLog.blob`), and not
+    read with it.
+    """
 
     seq: int
     at: float
@@ -91,6 +102,7 @@ class Event:
     client: int | None = None
     number: int | None = None
     body: Mapping[str, Any] = field(default_factory=dict)
+    data: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,9 +216,15 @@ class EventLog:
             self._wanted.clear()
             batch, self._waiting = self._waiting, []
             rows = [_row(run, each) for run, events, _ in batch for each in events]
+            blobs = {
+                str(each.body["digest"]): each.data
+                for _, events, _ in batch
+                for each in events
+                if each.data is not None
+            }
             error: Exception | None = None
             try:
-                await self.insist(partial(self._insert, rows), "writing to the event log")
+                await self.insist(partial(self._insert, rows, blobs), "writing to the event log")
             except Exception as raised:
                 error = raised
             for _, _, done in batch:
@@ -236,10 +254,15 @@ class EventLog:
             self._over(error)
             raise
 
-    def _insert(self, rows: list[dict[str, Any]]) -> None:
+    def _insert(self, rows: list[dict[str, Any]], blobs: dict[str, bytes]) -> None:
         self._before()
         try:
             with self._leading() as connection:
+                if blobs:
+                    known = select(_blobs.c.digest).where(_blobs.c.digest.in_(blobs))
+                    fresh = blobs.keys() - set(connection.scalars(known))
+                    if fresh:
+                        connection.execute(insert(_blobs), [{"digest": d, "data": blobs[d]} for d in fresh])
                 connection.execute(insert(_events), rows)
         except IntegrityError as error:
             # A commit may succeed and its answer be lost with the connection; then the rows are there.
@@ -319,6 +342,11 @@ class EventLog:
             body = connection.scalar(select(_events.c.body).where(*job))
         return None if body is None else str(json.loads(body)["digest"])
 
+    def blob(self, digest: str) -> bytes | None:
+        """An update that was kept beside its event."""
+        with self._engine.connect() as connection:
+            return connection.scalar(select(_blobs.c.data).where(_blobs.c.digest == digest))
+
     def save(self, run: str, snapshot: Snapshot) -> None:
         """Keep a snapshot in place of older ones."""
         with self._leading() as connection:
@@ -359,4 +387,5 @@ def _replace(connection: Connection, run: str, snapshot: Snapshot) -> None:
 
 
 def _row(run: str, each: Event) -> dict[str, Any]:
-    return {**vars(each), "run": run, "body": json.dumps(each.body, sort_keys=True)}
+    facts = {key: value for key, value in vars(each).items() if key != "data"}
+    return {**facts, "run": run, "body": json.dumps(each.body, sort_keys=True)}

@@ -23,7 +23,7 @@ from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import ClientScores, Outcome, Participation, Round, Verdicts
 from hansa.core.trees import Tree, movement, nbytes
 from hansa.core.wire.federation_pb2 import TensorInfo
-from hansa.core.wire.tensors import Packed, describe, pack
+from hansa.core.wire.tensors import Packed, describe, pack, unpack
 from hansa.server.events import Event
 from hansa.strategies.catalog import Federation
 
@@ -42,7 +42,7 @@ class Open:
     packed: what the client receives.
     expected: tensors of the update that it shall send.
     recalled: it was asked for what it has.
-    update: digest of the update, once it has arrived.
+    update: digest of the update, once it has arrived. data: its bytes, where they came with the event.
     """
 
     client: int
@@ -54,6 +54,7 @@ class Open:
     sent: float
     recalled: bool = False
     update: str | None = None
+    data: bytes | None = None
     examples: int = 0
     steps: int = 0
     loss: float | None = None
@@ -167,7 +168,7 @@ class Machine:
                     self.late.add((client, event.number))
                 else:
                     job = self.open[client][event.number]
-                    job.update, job.loss = body["digest"], body["loss"]
+                    job.update, job.data, job.loss = body["digest"], event.data, body["loss"]
                     job.examples, job.steps = body["examples"], body["steps"]
                     self._failures.pop(client, None)
                     self._obey(self.hub.receive(client, examples=job.examples, steps=job.steps, now=now))
@@ -283,7 +284,9 @@ class Machine:
         for report in reports:
             job = self.open[report.client][report.number]
             assert job.update is not None
-            update = self._load(job.update, job.expected)
+            update = (
+                self._load(job.update, job.expected) if job.data is None else unpack(job.data, job.expected)
+            )
             self.hub.fold(
                 [report], {name: each.to(self._f.task.device)[None] for name, each in update.items()}, {}
             )
@@ -386,7 +389,7 @@ class Machine:
 
 
 def _frozen(job: Open) -> dict[str, Any]:
-    facts = dict(vars(job))
+    facts = {name: value for name, value in vars(job).items() if name != "data"}
     facts["packed"] = [job.packed.digest, _plain(job.packed.tensors)]
     facts["expected"] = _plain(job.expected)
     facts["keys"] = None if job.keys is None else sorted(job.keys)

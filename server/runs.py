@@ -30,7 +30,7 @@ from hansa.core.store import ClientScores, Round, RunStore
 from hansa.core.trees import Tree
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2 import TensorInfo
-from hansa.core.wire.tensors import pack, unpack_file
+from hansa.core.wire.tensors import pack, unpack, unpack_file
 from hansa.server.artefacts import Artefacts
 from hansa.server.crash import point
 from hansa.server.events import Event, EventLog, RunRow, Snapshot
@@ -331,7 +331,9 @@ class Run:
     def load(self, digest: str, tensors: Sequence[TensorInfo]) -> Tree:
         """An update that was accepted."""
         try:
-            return unpack_file(self._artefacts.path(digest), tensors)
+            path = self._artefacts.path(digest)
+            data = None if path.is_file() else self._events.blob(digest)
+            return unpack_file(path, tensors) if data is None else unpack(data, tensors)
         except (OSError, ValueError, SafetensorError) as error:
             raise RunError(f"update {digest}: it cannot be read any more ({error})") from error
 

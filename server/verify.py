@@ -65,7 +65,12 @@ def _verified(log: EventLog, run: str, *, artefacts: Path, runs: Path) -> Verifi
     evaluator = Evaluator(federation, seed=recipe.seed, clients=recipe.evaluation.clients)
 
     def load(digest: str, tensors: Sequence[TensorInfo]) -> Tree:
-        return unpack(store.get(digest), tensors)
+        data = log.blob(digest)
+        if data is None:
+            data = store.get(digest)
+        elif hashlib.sha256(data).hexdigest() != digest:
+            raise RunError(f"update {digest}: it is damaged in the event log; restore it from a backup")
+        return unpack(data, tensors)
 
     def score(hub: Hub) -> tuple[dict[str, float], ClientScores | None]:
         needed = recipe.stop.target is not None and not evaluator.personal

@@ -13,6 +13,8 @@ from hansa.core.wire.federation_pb2 import Version
 MAJOR, MINOR = 1, 1
 PIECE = 1 << 20
 """Bytes of a piece."""
+INLINE = 32 << 10
+"""Bytes up to which a blob travels in the message that names it."""
 MESSAGE_LIMIT = 4 << 20
 """Bytes of a message, on both sides."""
 
@@ -21,6 +23,7 @@ NAME = "hansa-name"
 
 OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_LIMIT),
+    ("grpc.http2.max_frame_size", PIECE),
     ("grpc.max_send_message_length", MESSAGE_LIMIT),
     ("grpc.max_metadata_size", 16 << 10),
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: nothing inflates

@@ -71,7 +71,8 @@ class AgentsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """One update: a manifest, a permit comes back, pieces, an acknowledgement comes back.
+        """One update: a manifest, a permit comes back, pieces, an acknowledgement comes back. Where the manifest has
+        the bytes in it, the acknowledgement comes at once (or a permit, if the coordinator will not have it so).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,6 +40,7 @@ class Hand:
     job: pb.Job
     run: str
     name: str = "hand"
+    inline: bool = False
 
     async def update(self) -> Tree:
         """An update of the right shape: all ones."""
@@ -69,7 +70,7 @@ class Hand:
         digest = hashlib.sha256(data).hexdigest()
         facts: dict[str, Any] = {
             "lease": self.job.lease,
-            "update": pb.Blob(digest=digest, size=len(data)),
+            "update": pb.Blob(digest=digest, size=len(data), data=data if self.inline else b""),
             "tensors": describe(tree),
             "examples": 10,
             "steps": 1,
@@ -195,9 +196,11 @@ def lies(tree: Tree) -> Mapping[str, bytes]:
 
 
 @pytest.mark.parametrize("case", sorted(lies({"w": torch.ones(2, dtype=torch.float64)})))
-def test_contents_that_are_not_what_was_promised_are_refused(floor: Floor, case: str) -> None:
+@pytest.mark.parametrize("inline", [False, True])
+def test_contents_that_are_not_what_was_promised_are_refused(floor: Floor, case: str, inline: bool) -> None:
     async def scene() -> None:
         async with hand(floor) as agent:
+            agent.inline = inline
             tree = await agent.update()
             data = lies(tree)[case]
             code, _ = await refused(agent.send(data, agent.manifest(data, tree)))
@@ -247,6 +250,44 @@ def test_order_offsets_and_damage(floor: Floor) -> None:
     play(scene())
     run = next(path.name for path in floor.runs.iterdir())
     assert checked(floor, run).updates == 1
+
+
+def test_a_small_update_comes_in_its_manifest(floor: Floor) -> None:
+    async def scene() -> None:
+        async with hand(floor) as agent:
+            agent.inline = True
+            assert agent.job.payload.data  # the model came with the job
+            assert hashlib.sha256(agent.job.payload.data).hexdigest() == agent.job.payload.digest
+            tree = await agent.update()
+            data = pack(tree).data
+            changed = pb.Blob(
+                digest=hashlib.sha256(data).hexdigest(), size=len(data), data=data[:-1] + b"\x01"
+            )
+            code, _ = await refused(agent.send(data, agent.manifest(data, tree, update=changed)))
+            assert code is grpc.StatusCode.DATA_LOSS
+            call = agent.stub.Upload(metadata=named("hand"))
+            await call.write(pb.UploadRequest(manifest=agent.manifest(data, tree)))
+            assert (await call.read()).acknowledgement.counted  # and no permit before
+            await end(agent.control, agent.run)
+            assert not [path for path in (floor.data / "artefacts").iterdir() if path.is_file()]
+
+    play(scene())
+    run = next(path.name for path in floor.runs.iterdir())
+    assert checked(floor, run).updates == 1
+
+
+def test_a_coordinator_that_will_not_have_it_in_the_manifest_gives_a_permit(floor: Floor) -> None:
+    async def scene() -> None:
+        async with hand(floor, inline=100) as agent:
+            agent.inline = True
+            tree = await agent.update()
+            data = pack(tree).data
+            assert len(data) > 100
+            assert (await agent.send(data, agent.manifest(data, tree))).counted
+            await end(agent.control, agent.run)
+            assert [path for path in (floor.data / "artefacts").iterdir() if path.is_file()]
+
+    play(scene())
 
 
 def test_an_upload_goes_on_where_it_was_cut(floor: Floor) -> None:
