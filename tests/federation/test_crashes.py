@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 from collections import Counter
 from contextlib import closing
 from typing import Any
@@ -16,6 +17,7 @@ from zygote import Zygote
 
 from hansa.client.outbox import Entry, Outbox
 from hansa.core.errors import RunError
+from hansa.core.wire import INLINE
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import ControlStub
 from hansa.server.app import Config, coordinator
@@ -25,7 +27,7 @@ from hansa.strategies.catalog import assemble
 
 POINTS = (
     "after-pieces:2",  # the bytes are there, unchecked
-    "after-rename:2",  # the file is whole, no row
+    "after-rename:2",  # the file is whole, no row; does not happen where updates come in their manifests
     "before-commit:3",
     "after-commit:2",  # the row is durable, nothing has happened
     "after-apply:3",  # the hub has moved, nobody knows
@@ -38,12 +40,13 @@ POINTS = (
 class Process:
     """A coordinator process on a fixed port, that may be told where to die."""
 
-    def __init__(self, zygote: Zygote, floor: Floor, **environment: str) -> None:
+    def __init__(self, zygote: Zygote, floor: Floor, *, inline: int = INLINE, **environment: str) -> None:
         floor.data.mkdir(exist_ok=True)
         self._announced = floor.data / "address"
         self._announced.unlink(missing_ok=True)
         config = floor.folder / "coordinator.toml"
-        facts = {"listen": f"127.0.0.1:{floor.port}", "data": str(floor.data), "runs": str(floor.runs)}
+        facts: dict[str, Any] = {"limits": {"inline": inline}}
+        facts |= {"listen": f"127.0.0.1:{floor.port}", "data": str(floor.data), "runs": str(floor.runs)}
         if floor.database is not None:
             facts["database"] = floor.database
         config.write_text(tomli_w.dumps(facts))
@@ -84,13 +87,15 @@ def test_a_coordinator_killed_at_every_point(
     monkeypatch.setattr(Outbox, "settle", noting)
 
     async def scene() -> str:
-        first = Process(zygote, floor, HANSA_CRASH_AT=POINTS[0])
+        first = Process(zygote, floor, inline=0, HANSA_CRASH_AT=POINTS[0])
         floor.port = await first.port()
         async with floor.agents(3), floor.channel("user") as channel:
             run = await submit(ControlStub(channel), recipe, key="once")
             await first.death()
             for point in POINTS[1:]:
-                await Process(zygote, floor, HANSA_CRASH_AT=point).death()
+                await Process(zygote, floor, inline=0, HANSA_CRASH_AT=point).death()
+                if point in ("before-commit:3", "after-commit:2", "before-ack:2"):
+                    await Process(zygote, floor, HANSA_CRASH_AT=point).death()
             last = Process(zygote, floor)
             await last.port()
             again = await submit(ControlStub(channel), recipe, key="once", wait_for=0)
@@ -163,20 +168,27 @@ def test_a_second_coordinator_is_turned_away(floor: Floor) -> None:
     play(scene())
 
 
-def test_an_altered_update_is_found(floor: Floor) -> None:
+@pytest.mark.parametrize("inline", [0, INLINE])
+def test_an_altered_update_is_found(floor: Floor, inline: int) -> None:
     recipe = small(stop={"rounds": 1})
 
     async def scene() -> str:
-        async with floor.coordinator() as control, floor.agents(2):
+        async with floor.coordinator(inline=inline) as control, floor.agents(2):
             run = await submit(control, recipe)
             await end(control, run)
             return run
 
     run = play(scene())
     digest = next(each.body["digest"] for each in events(floor, run) if each.kind == "update")
-    path: Any = floor.data / "artefacts" / digest
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(RunError, match="an artefact is damaged"):
+    if inline:
+        with closing(sqlite3.connect(floor.data / "events.db")) as database:
+            (data,) = database.execute("SELECT data FROM blobs WHERE digest = ?", (digest,)).fetchone()
+            altered = data[:-1] + bytes([data[-1] ^ 1])
+            database.execute("UPDATE blobs SET data = ? WHERE digest = ?", (altered, digest))
+            database.commit()
+    else:
+        path = floor.data / "artefacts" / digest
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(RunError, match="damaged"):
         checked(floor, run)
