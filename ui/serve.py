@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
 from starlette.middleware import Middleware
+from starlette.responses import RedirectResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnected
 
 from hansa.ui.gate import Guard
 from hansa.ui.site import Site, configure
@@ -22,7 +27,23 @@ def serve(site: Site, *, address: str, port: int, certificate: tuple[Path, Path]
     """Serve the pages until SIGTERM or Ctrl-C, by HTTPS with a ``certificate`` and its key (PEM files)."""
     configure(site)
     guard = [] if site.gate is None else [Middleware(Guard, site.gate)]
-    st.App(SCRIPT, middleware=guard).run(config=options(address, port, certificate))
+    home = Route(
+        "/runs", lambda request: RedirectResponse("/")
+    )  # Streamlit knows its first page by "/" alone
+    app = st.App(SCRIPT, routes=[home], middleware=[Middleware(Farewell), *guard])
+    app.run(config=options(address, port, certificate))
+
+
+class Farewell:
+    """A browser may leave in the middle of an answer, which is no fault: Streamlit would log it as one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve."""
+        with suppress(WebSocketDisconnected):
+            await self._app(scope, receive, send)
 
 
 def options(address: str, port: int, certificate: tuple[Path, Path] | None = None) -> dict[str, Any]:

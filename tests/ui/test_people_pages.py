@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from hansa.core import questions
 from hansa.core.errors import InputError
 from hansa.core.store import Participation, Round, RunStore, Verdicts
 from hansa.core.wire import federation_pb2 as pb
@@ -282,7 +283,7 @@ def test_a_coordinator_that_is_away_is_told_and_the_page_goes_on(
 
 
 def test_verdicts_in_words() -> None:
-    told = {
+    told: questions.Columns = {
         "out": [5, 0, 0, 2, None, None],
         "relative": [1.0, 3.0, 1.0, 1.0, 2.5, 1.0],
         "broken": [0, 0, 1, 0, 0, 0],

@@ -353,10 +353,11 @@ def _distances(over_time: pd.DataFrame, *, weighs: bool) -> None:
         .mark_line(color=CATEGORIES[2])
         .encode(
             x=x,
-            y=alt.Y("farthest:Q", title="farthest update, times the median", scale=alt.Scale(zero=True)),
+            y=alt.Y("farthest:Q", title="times the median", scale=alt.Scale(zero=True)),
             tooltip=["round:Q", alt.Tooltip("farthest:Q", format=".2f")],
         )
     )
+    st.markdown("**Farthest update**", help="Its distance from what the rule made of all")
     parts.chart(far, alt_text="Distance of the farthest update over the rounds", height=200)
     if weighs:
         data = over_time.assign(share=over_time["left_out"] / over_time["judged"])
@@ -367,13 +368,14 @@ def _distances(over_time: pd.DataFrame, *, weighs: bool) -> None:
                 x=x,
                 y=alt.Y(
                     "share:Q",
-                    title="updates left out",
+                    title="share",
                     axis=parts.ticks("share"),
                     scale=alt.Scale(domain=[0, 1]),
                 ),
                 tooltip=["round:Q", "left_out:Q", "judged:Q"],
             )
         )
+        st.markdown("**Updates left out**")
         parts.chart(out, alt_text="Share of updates that were left out, over the rounds", height=200)
 
 
