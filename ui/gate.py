@@ -14,6 +14,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -36,6 +37,8 @@ _FREE = 4  # failures before anybody has to wait
 _SLOWEST = 60.0  # seconds to wait, at most
 _BODY = 8 << 10  # bytes of a form
 _AT_A_TIME = 2  # passwords; each takes 64 MiB and a core
+
+_TOKEN: ContextVar[str | None] = ContextVar("token", default=None)  # of the connection that is being served
 
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -138,8 +141,8 @@ class Gate:
         self._verifying = asyncio.Semaphore(_AT_A_TIME)
 
     def user(self, cookies: dict[str, str]) -> User | None:
-        """Who comes with these cookies."""
-        return self.logins.user(cookies.get(COOKIE))
+        """Who comes with these cookies; without them, whoever made the connection that is being served."""
+        return self.logins.user(cookies.get(COOKIE) or _TOKEN.get())
 
     async def answer(self, request: Request) -> Response | None:
         """The answer to a request that is not to pass, or to one for the gate itself."""
@@ -213,6 +216,9 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve, or refuse."""
+
+        if scope["type"] in ("http", "websocket"):
+            _TOKEN.set(HTTPConnection(scope).cookies.get(COOKIE))
 
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":

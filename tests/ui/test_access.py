@@ -246,6 +246,23 @@ def test_a_sign_in_opens_everything_until_it_is_over(gate: Gate) -> None:
     assert call(gate, "/runs", cookie=mine)[0] == 303
 
 
+def test_what_is_made_for_a_connection_is_made_for_whoever_made_it(gate: Gate) -> None:
+    """A download is made in a thread that knows no page and no cookie."""
+    mine = cookie(sign_in(gate, "vito", "battery staple"))
+    seen: list[User | None] = []
+
+    async def download(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(await asyncio.to_thread(gate.user, {}))
+
+    async def serve(sent: str) -> None:
+        scope = {"type": "websocket", "path": "/", "headers": [(b"cookie", sent.encode())]}
+        await Guard(download, gate)(scope, None, None)  # type: ignore[arg-type]
+
+    asyncio.run(serve(mine))
+    assert seen == [User(name="vito", role="viewer")]
+    assert gate.user({}) is None  # nothing is left behind
+
+
 def test_a_form_from_elsewhere_or_without_end_signs_nobody_in(gate: Gate) -> None:
     assert sign_in(gate, "olga", "correct horse", origin="http://evil.example")[0] == 403
     assert sign_in(gate, "olga", "x" * 10_000)[0] == 413
