@@ -1,4 +1,4 @@
-"""Events per second of the virtual clock and the schedule, without learning: 100,000 clients, 1,000 at work.
+"""Events per second of the virtual clock and the schedule, without learning: 1,000 clients at work.
 
 A one-number model under FedBuff's schedule; a client's step is left out, so that what is timed is the heap,
 the schedule, the hub's books and the record. An event is an arrival, with the dispatch that follows it.
@@ -59,24 +59,31 @@ def federation(clients: int, working: int, k: int, steps: int) -> Federation:
     )
 
 
+def run(clients: int, working: int, k: int, events: int) -> float:
+    """Seconds that so many events take."""
+    made = federation(clients, working, k, events // k)
+    with mock.patch.object(engine, "trainer", return_value=(Idle(), "nothing is to be learnt")):
+        simulator = engine.Simulator(made, Population(speeds="lognormal", spread=10.0))
+    began = time.perf_counter()
+    simulator.run()
+    return time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clients", type=int, default=100_000)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--working", type=int, default=1_000)
     parser.add_argument("--k", type=int, default=100)
     parser.add_argument("--events", type=int, default=20_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    made = federation(arguments.clients, arguments.working, arguments.k, arguments.events // arguments.k)
-    with mock.patch.object(engine, "trainer", return_value=(Idle(), "nothing is to be learnt")):
-        simulator = engine.Simulator(made, Population(speeds="lognormal", spread=10.0))
-    began = time.perf_counter()
-    simulator.run()
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{arguments.events / seconds:,.0f} events/s, {peak:.2f} GB at most")
+    for clients in sorted(arguments.clients):
+        seconds = run(clients, arguments.working, arguments.k, arguments.events)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        told = f"{arguments.events / seconds:,.0f} events/s, {peak:.2f} GB at most"
+        print(f"{clients:,} clients: {told}", flush=True)
 
 
 if __name__ == "__main__":
