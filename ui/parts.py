@@ -35,6 +35,7 @@ __all__ = [
     "percent",
     "plain",
     "progress_text",
+    "quantities",
     "run_list",
     "score",
     "ticks",
@@ -137,6 +138,12 @@ def run_list() -> list[Run]:
 def colour_of(names: Sequence[str]) -> alt.Scale:
     """The colours of categories, in the order of their names; the same in every chart."""
     return alt.Scale(domain=list(names), range=[CATEGORIES[i % len(CATEGORIES)] for i in range(len(names))])
+
+
+def quantities(**options: Any) -> alt.Scale:
+    """The colours of quantities: the more, the farther from the page's own colour."""
+    dark = st.context.theme.type == "dark"
+    return alt.Scale(range=["#12304d", "#8ecbff"] if dark else ["#dbe9f6", "#08306b"], **options)
 
 
 def ticks(kind: str) -> alt.Axis:

@@ -16,6 +16,8 @@ ICON = str(Path(__file__).parents[1] / "icon.svg")
 def main() -> None:
     """Draw whatever page is asked for."""
     st.set_page_config(page_title="Hansa", page_icon=ICON, layout="wide")
+    # What says that a script is running, for live parts run all the time.
+    st.html("<style>[data-testid=stStatusWidget] { display: none; }</style>")
     page = st.navigation(pages.all_pages())
     user = who(site().gate)
     if user is None:

@@ -86,7 +86,7 @@ def _controls(runs: Sequence[Run]) -> tuple[str | None, Over, float | None]:
         target = st.number_input(
             "Target, %" if share else "Target",
             value=None,
-            placeholder="what all came to",
+            placeholder="automatic",
             width=180,
             help="The table tells what it took to come to it; by default what every run came to.",
         )
@@ -153,7 +153,7 @@ def _picture(found: Sequence[Group], metric: str, over: Over) -> None:
         alt.Tooltip("x:Q", title=AXES[over], format=",.4~g"),
         alt.Tooltip("mean:Q", title=metric, format=".2%" if share else ".4g"),
     ]
-    legend = alt.Legend(orient="top", labelLimit=300, columns=3) if len(labels) > 1 else None
+    legend = alt.Legend(orient="top", labelLimit=300, columns=3, symbolOpacity=1) if len(labels) > 1 else None
     base = alt.Chart(data).encode(
         x=alt.X("x:Q", title=AXES[over], axis=ticks(_KIND[over]), scale=alt.Scale(nice=False)),
         color=alt.Color("recipe:N", title=None, scale=colour_of(labels), legend=legend),

@@ -25,8 +25,7 @@ _PARTS = {
 def page() -> None:
     """Draw the page."""
     runs = parts.run_list()
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.title("Run", width="stretch")
+    st.title("Run")
     run = parts.choose_run(runs)
     if run is None:
         parts.empty("No run to show", "Start one on the page **Runs**, or with `hansa run`.")
@@ -105,8 +104,9 @@ def _figures(run: Run) -> None:
     if spread["round"]:
         jain = spread["jain"][-1]
         figures.insert(1, ("worst client", parts.percent(spread["worst"][-1]), f"fairness {jain:.3f}"))
-    for place, (label, value, note) in zip(st.columns(len(figures)), figures, strict=True):
-        with place.container(border=True, gap=None, height="stretch"):
-            st.caption(label)
-            st.markdown(f"#### {parts.plain(value)}")
-            st.caption(parts.plain(note) or "&nbsp;")
+    with st.container(horizontal=True):
+        for label, value, note in figures:
+            with st.container(border=True, gap=None, width=164):
+                st.caption(label)
+                st.markdown(f"#### {parts.plain(value)}")
+                st.caption(parts.plain(note) or "&nbsp;")

@@ -95,7 +95,7 @@ def _touch(base: alt.Chart, x: str, what: alt.Y, tip: list[alt.Tooltip]) -> Any:
 
 
 def _legend(names: Sequence[str]) -> alt.Legend | None:
-    return alt.Legend(orient="top", labelLimit=260) if len(names) > 1 else None
+    return alt.Legend(orient="top", labelLimit=260, symbolOpacity=1) if len(names) > 1 else None
 
 
 def clients(run: Run) -> None:
@@ -162,8 +162,10 @@ def participation(run: Run) -> None:
     colour = alt.Color(
         "jobs:Q",
         title="jobs",
-        scale=alt.Scale(scheme="blues", domainMin=0),
-        legend=alt.Legend(orient="right", gradientLength=160, tickMinStep=1),
+        scale=parts.quantities(domainMin=0),
+        legend=alt.Legend(orient="right", gradientLength=160, tickMinStep=1)
+        if data["jobs"].max() > 1
+        else None,
     )
     parts.chart(
         alt.Chart(data)
@@ -225,19 +227,12 @@ def _ages(data: pd.DataFrame) -> Any:
 
 
 def _histogram(data: pd.DataFrame) -> Any:
-    shown = data.assign(
-        span=[f"{duration(a)} – {duration(b)}" for a, b in zip(data["low"], data["high"], strict=True)]
-    )
+    spans = [f"{duration(a)} – {duration(b)}" for a, b in zip(data["low"], data["high"], strict=True)]
     return (
-        alt.Chart(shown)
+        alt.Chart(data.assign(span=spans))
         .mark_bar(color=parts.CATEGORIES[0])
         .encode(
-            x=alt.X(
-                "low:Q",
-                title="seconds on the run's clock",
-                axis=ticks("seconds"),
-                scale=alt.Scale(nice=False),
-            ),
+            x=alt.X("low:Q", bin="binned", title="time on the run's clock", axis=ticks("seconds")),
             x2="high:Q",
             y=alt.Y("jobs:Q", title="updates", axis=ticks("round")),
             tooltip=[
@@ -276,7 +271,7 @@ def layers(run: Run) -> None:
             color=alt.Color(
                 "share:Q",
                 title="‖Δw‖ / ‖w‖",
-                scale=alt.Scale(type="log", scheme="blues"),
+                scale=parts.quantities(type="log"),
                 legend=alt.Legend(orient="right", gradientLength=140, format=".0e"),
             ),
             tooltip=[
@@ -302,9 +297,7 @@ def layers(run: Run) -> None:
         .encode(
             x=alt.X("client:O", axis=alt.Axis(labelAngle=0, labelOverlap=True), title="client"),
             y=alt.Y("layer:N", sort=told["names"], title=None, axis=alt.Axis(labelLimit=220)),
-            color=alt.Color(
-                "jobs:Q", scale=alt.Scale(scheme="blues", domainMin=0), legend=alt.Legend(orient="right")
-            ),
+            color=alt.Color("jobs:Q", scale=parts.quantities(domainMin=0), legend=alt.Legend(orient="right")),
             tooltip=[
                 alt.Tooltip("clients:N", title="client"),
                 alt.Tooltip("layer:N"),
@@ -367,7 +360,7 @@ def recipe(run: Run) -> None:
                 else:
                     st.dataframe(table, hide_index=True, height="content")
         st.markdown("**The recipe, every default written out**")
-        st.code(text, language="toml", height=420)
+        st.code(text, language="toml")
     with right:
         st.markdown("**What made it**")
         made = pd.DataFrame(sorted(run.made.items()), columns=["fact", "value"])
