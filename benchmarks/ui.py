@@ -155,15 +155,15 @@ SCRIPT_IS_IDLE = (
     "() => document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'"
 )
 PAGES = {
-    "Runs": ("/", "[data-testid=stDataFrame] canvas"),
+    "Runs": ("/", "[data-testid=data-grid-canvas] >> nth=0"),
     "Run: Progress": (f"/run?run={NAME}", "[data-testid=stVegaLiteChart] >> nth=1"),
-    "Compare": (f"/compare?run={NAME}", "[data-testid=stDataFrame] canvas"),
+    "Compare": (f"/compare?run={NAME}", "[data-testid=data-grid-canvas] >> nth=0"),
 }
 PARTS = {
     "Clients": "[data-testid=stVegaLiteChart] >> nth=1",
     "Participation": "[data-testid=stVegaLiteChart] >> nth=3",
     "Layers": "[data-testid=stVegaLiteChart] >> nth=0",
-    "Log": "[data-testid=stMain] >> text=No events",
+    "Log": "text=No events",
 }
 
 

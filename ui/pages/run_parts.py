@@ -149,7 +149,7 @@ def clients(run: Run) -> None:
 def participation(run: Run) -> None:
     """Who took part and when; how long updates took, waited, and how stale they were."""
     source = site().source
-    told = source.ask(questions.grid, run.id, clients=100, rounds=160)
+    told = source.ask(questions.grid, run.id, clients=80, rounds=120)
     if not told["jobs"]:
         parts.empty(*_WAIT) if run.active else parts.empty("Nobody took part", "No job ended in this run.")
         return
@@ -192,7 +192,8 @@ def participation(run: Run) -> None:
         height=340,
     )
     wasted = int(data["wasted"].sum())
-    st.caption(f"{int(data['jobs'].sum()):,} jobs, of which {wasted:,} were discarded or lost")
+    sampled = f", counted in one of {told['every']} rounds" if told["every"] > 1 else ""
+    st.caption(f"{int(data['jobs'].sum()):,} jobs{sampled}, of which {wasted:,} were discarded or lost")
     ages = frame(source.ask(questions.ages, run.id))
     waits = frame(source.ask(questions.waits, run.id, bins=40))
     charts = []
@@ -246,7 +247,7 @@ def _histogram(data: pd.DataFrame) -> Any:
 def layers(run: Run) -> None:
     """Which layers moved and by how much, and which client tuned which."""
     source = site().source
-    told = source.ask(questions.layers, run.id, bins=100)
+    told = source.ask(questions.layers, run.id, bins=60)
     if not told["round"]:
         if run.rounds:
             parts.empty("Not recorded", "This run was made by a Hansa that did not keep how the layers move.")
