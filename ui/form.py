@@ -98,7 +98,9 @@ def new_run() -> None:
         return
     changes: dict[str, str] = {}
     left, right = st.columns(2)
-    changes["name"] = left.text_input("Name", _at(text, "name", "digits"), help="names the run directory")
+    changes["name"] = left.text_input(
+        "Name", str(_at(text, "name", "digits")), help="names the run directory"
+    )
     seeds = right.text_input(
         "Seed", str(_at(text, "seed", 0)), help="one, or several as in `0 1 2`: a run each"
     )

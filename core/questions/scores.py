@@ -70,7 +70,7 @@ def layers(record: Record, bins: Bins = 120) -> dict[str, Any]:
     width = -(-(int(rounds[-1]) - int(rounds[0]) + 1) // bins)
     _, starts = np.unique((rounds - rounds[0]) // width, return_index=True)
     ends = np.append(starts[1:], len(rounds))
-    kept = ~np.isnan(moved).all(0)  # names that are only ever tuned have no movement
+    kept = np.atleast_1d(~np.isnan(moved).all(axis=0))  # names that are only ever tuned have no movement
     return {
         "names": [name for name, known in zip(names, kept, strict=True) if known],
         "round": rounds[ends - 1].tolist(),

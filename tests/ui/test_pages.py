@@ -214,12 +214,12 @@ def test_seeds_share_a_line_and_costs_are_told(folder: Path) -> None:
     """0.2, 0.4, 0.6 and 0.3, 0.6, 0.9: last 75 % ± 21.21 %; to 50 % it takes rounds 3 and 2."""
     app = opened(compare_page, Folder(folder), run=["a0", "a1", "b0"])
     app.number_input[0].set_value(50.0).run()
-    rows = app.dataframe[0].value.set_index("recipe")
-    same = rows.loc["study · fedavg"]
+    rows = app.dataframe[0].value.set_index("recipe").to_dict("index")
+    same = rows["study · fedavg"]
     assert (same["runs"], same["seeds"]) == (2, "0, 1")
     assert same["last accuracy"] == "75.00 % ± 21.21 %"
     assert (same["rounds to target"], same["bytes to"]) == ("2", "5.00 kB")  # 2.5, to the even
-    assert rows.loc["other · fedavg"]["rounds to target"] == "not reached"
+    assert rows["other · fedavg"]["rounds to target"] == "not reached"
 
 
 def test_a_large_folder_is_listed(tmp_path: Path) -> None:
