@@ -13,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnected
 
-from hansa.ui import pages
+from hansa.ui import pages  # noqa: F401 - imported now, and not while the first visitor waits
 from hansa.ui.gate import Guard
 from hansa.ui.site import Site, configure
 from hansa.ui.theme import THEME
@@ -27,7 +27,6 @@ SCRIPT = Path(__file__).parent / "pages" / "app.py"
 def serve(site: Site, *, address: str, port: int, certificate: tuple[Path, Path] | None = None) -> None:
     """Serve the pages until SIGTERM or Ctrl-C, by HTTPS with a ``certificate`` and its key (PEM files)."""
     configure(site)
-    pages.all_pages()  # imported now, and not while the first visitor waits
     guard = [] if site.gate is None else [Middleware(Guard, site.gate)]
     home = Route(
         "/runs", lambda request: RedirectResponse("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import altair as alt
@@ -91,7 +92,7 @@ def _last(curve: pd.DataFrame) -> float | None:
 # The graph.
 
 
-@st.cache_data(max_entries=32, show_spinner=False)
+@lru_cache(maxsize=32)
 def places(kind: str, edges: tuple[tuple[int, int], ...]) -> dict[int, tuple[float, float]]:
     """Where to draw the peers, within [−1, 1]²."""
     graph = nx.Graph()  # peers in their order, so that a circle is one
