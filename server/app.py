@@ -158,9 +158,9 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
     if authority is not None and config.enrolment:
         enrolling, _ = enrolment_server(authority, config.enrolment)
         await enrolling.start()
-    metrics = _metrics(config)
     await office.recover()
     await server.start()
+    metrics = _metrics(config)  # whoever can read them knows that it serves
     await state.set("", health_pb2.HealthCheckResponse.SERVING)
     host = config.listen.rpartition(":")[0]
     announced = config.data / "address"

@@ -201,6 +201,7 @@ def test_a_log_of_the_first_release_is_upgraded_with_all_it_holds(database: str)
     with engine.begin() as connection:
         for statement in (
             "DROP TABLE alembic_version",
+            "DROP TABLE blobs",
             "ALTER TABLE leadership ADD COLUMN schema_version INTEGER NOT NULL DEFAULT 1",
             "ALTER TABLE runs DROP COLUMN rounds",
             "ALTER TABLE runs DROP COLUMN clients",
