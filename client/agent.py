@@ -25,7 +25,6 @@ from typing import Any, Literal, TypeVar
 
 import grpc
 import psutil
-import stamina
 import structlog
 import torch
 
@@ -43,7 +42,7 @@ from hansa.core.wire import stranger, version
 T = TypeVar("T")
 _LOOK = 600.0  # seconds between two looks at the certificate
 _BLOBS = 8  # recipes and models kept in memory
-_SLOWEST = 2.0  # seconds between two tries to connect, more or less by half
+_SOONEST, _SLOWEST = 0.1, 1.0  # seconds between two tries, more or less by half; doubled from one to the next
 
 _log = structlog.get_logger(__name__)
 
@@ -150,7 +149,7 @@ class Agent:
         """Be there, until cancelled."""
         for entry in self._outbox.entries():
             self._begin(_Task(bytes.fromhex(entry.lease), entry=entry))
-        pause = 0.1
+        pause = _SOONEST
         try:
             while True:
                 await self._quiet_hours()
@@ -167,8 +166,8 @@ class Agent:
                 finally:
                     self._online.clear()
                     self._link = None
-                if asyncio.get_running_loop().time() - came > 2 * _SLOWEST:
-                    pause = 0.1
+                if asyncio.get_running_loop().time() - came > _SLOWEST:
+                    pause = _SOONEST
                 wait = pause * random.uniform(0.5, 1.5)
                 self._log.info("not connected", reason=reason, seconds=round(wait, 2))
                 await asyncio.sleep(wait)
@@ -348,15 +347,17 @@ class Agent:
 
     async def _insist(self, call: Callable[[Link], Awaitable[T]]) -> T:
         """A call on whatever connection there is, until it is answered or refused for good."""
-        tries = stamina.retry_context(
-            on=Later, attempts=None, timeout=None, wait_initial=0.1, wait_max=_SLOWEST
-        )
-        async for attempt in tries:
-            with attempt:
-                await self._online.wait()
-                assert self._link is not None
-                return await call(self._link)
-        raise AssertionError
+        pause = _SOONEST
+        while True:
+            await self._online.wait()
+            link = self._link
+            assert link is not None
+            try:
+                return await call(link)
+            except Later:
+                if self._link is link:  # over a new connection it is tried at once
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                    pause = min(2 * pause, _SLOWEST)
 
 
 def _heartbeat() -> pb.Heartbeat:

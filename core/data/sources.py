@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from numpy.random import Generator
-from sklearn.datasets import load_digits
 
 from hansa.core.data import arrays, huggingface, images, synthetic, tables, text
 from hansa.core.data.config import (
@@ -73,6 +72,9 @@ def load(config: DataConfig, seed: int) -> tuple[Examples, Examples]:
 def _read(config: DataConfig, seed: int) -> Loaded:
     match config:
         case DigitsData():
+            # Imported here: a coordinator that restarts is to be back soon.
+            from sklearn.datasets import load_digits
+
             x, y = load_digits(return_X_y=True)
             return encode(Raw(x=x.reshape(-1, 1, 8, 8) / 16, y=y), None, regression=False)
         case IdxData():
