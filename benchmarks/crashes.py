@@ -5,8 +5,8 @@
     python benchmarks/crashes.py partition --seconds 30    # the network namespace of the agents is cut off
 
 Everything is a process of its own, with certificates and every check on. At the end: every update that an
-agent saw acknowledged is in the log, no job is there twice, the rounds have no gap, ``hansa verify`` makes the
-same model from the accepted updates bit for bit, and the simulator makes it to 1e-5 where no job was lost.
+agent saw acknowledged is in the log, no job is there twice, the rounds have no gap, ``hansa verify`` makes
+the same model from the accepted updates bit for bit, and the simulator to 1e-5 where no job was lost.
 ``--warm`` forks processes from one that has imported everything: the start of Python and PyTorch is left out.
 """
 

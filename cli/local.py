@@ -60,6 +60,7 @@ def up(folder: Path, agents: int, runs: Path) -> str:
                     "runs": str(runs.absolute()),
                     "pki": str(folder / "pki"),
                     "enrolment": "",
+                    "sources": ["/"],  # whoever submits here could read it anyway
                 }
             )
         )

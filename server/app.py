@@ -71,6 +71,7 @@ class Config:
     enrolment: host:port where machines with a join token get their certificates.
     metrics: host:port for Prometheus, or nothing.
     code: objects that recipes may import, as ``package.module:Class``.
+    sources: folders whose files recipes may read here, and data sets of the hub; sites read their own.
     rpcs: calls at a time, streams included.
     """
 
@@ -82,6 +83,7 @@ class Config:
     enrolment: str | None = None
     metrics: str | None = None
     code: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     rpcs: int = 5000
     limits: Limits = field(default_factory=Limits)
 
@@ -126,10 +128,22 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
     lock = _lead(config.data)
     artefacts = Artefacts(config.data / "artefacts")
     url = config.database or f"sqlite:///{(config.data / 'events.db').absolute()}"
-    log = EventLog(url, before=artefacts.settle, over=over)
+    try:
+        log = EventLog(url, before=artefacts.settle, over=over)
+    except BaseException:
+        os.close(lock)
+        raise
     limits = config.limits
     roster = Roster(denied=authority.denied.reason) if authority is not None else Roster()
-    office = Office(log, artefacts, config.runs, grace=limits.grace, code=config.code, roster=roster)
+    office = Office(
+        log,
+        artefacts,
+        config.runs,
+        grace=limits.grace,
+        code=config.code,
+        sources=config.sources,
+        roster=roster,
+    )
     guard = (
         Guard(RULES, None, insecure=True)
         if authority is None

@@ -16,7 +16,6 @@ from hansa.core.store import RunStore, RunSummary
 from hansa.core.wire import PIECE
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import ControlServicer
-from hansa.core.wire.tensors import pack
 from hansa.server.figures import Condition
 from hansa.server.office import Office
 from hansa.server.past import Past
@@ -106,7 +105,7 @@ class Control(ControlServicer):
         if path.is_file():
             data = await asyncio.to_thread(path.read_bytes)
         elif isinstance(found, Run):
-            data = (await asyncio.to_thread(pack, found.machine.hub.model())).data
+            data = (await found.newest()).data
         else:
             await _abort(context, Code.NOT_FOUND, f"{found.id}: it ended without a model")
         for offset in range(0, len(data), PIECE):

@@ -42,6 +42,7 @@ class Office:
     folder: of run directories.
     grace: seconds that an agent may be gone before its jobs are lost.
     code: what recipes may import (``package.module:Class``); nothing by default.
+    sources: folders whose files recipes may read, and data sets of the hub; none by default.
 
     Attributes
     ----------
@@ -56,10 +57,12 @@ class Office:
         *,
         grace: float,
         code: Collection[str] = (),
+        sources: Collection[str] = (),
         roster: Roster | None = None,
     ) -> None:
         self.artefacts, self.roster = artefacts, roster or Roster()
-        self._events, self._folder, self._grace, self._code = log, folder, grace, code
+        self._events, self._folder, self._grace = log, folder, grace
+        self._code, self._sources = code, sources
         self._runs: dict[str, Run] = {}
         self._past: dict[str, Past] = {}
         self._keys: dict[str, str] = {}
@@ -182,6 +185,21 @@ class Office:
                     "a coordinator imports nothing because a recipe says so",
                     "have its administrator add it to `code` of the coordinator's configuration",
                 )
+        for field, path in recipe.data.files():
+            if not self._readable(path):
+                raise InputError(
+                    f"data.{field}",
+                    path,
+                    "a coordinator reads no file because a recipe says so",
+                    "have its administrator add its folder to `sources` of the coordinator's configuration",
+                )
+
+    def _readable(self, path: str) -> bool:
+        """Links and dots are followed first."""
+        where = Path(path).resolve()
+        return path in self._sources or any(
+            where.is_relative_to(Path(each).resolve()) for each in self._sources
+        )
 
     def _begin(self, run: Run) -> None:
         self._runs[run.id] = run

@@ -30,7 +30,7 @@ from hansa.core.store import ClientScores, Round, RunStore
 from hansa.core.trees import Tree
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2 import TensorInfo
-from hansa.core.wire.tensors import pack, unpack, unpack_file
+from hansa.core.wire.tensors import Packed, pack, unpack, unpack_file
 from hansa.server.artefacts import Artefacts
 from hansa.server.crash import point
 from hansa.server.events import Event, EventLog, RunRow, Snapshot
@@ -95,7 +95,7 @@ class Run:
         self._clock = 0.0
         self._saved = 0  # version of the last snapshot
         self._deaf: Over | Literal["late"] | None = None  # what everyone is told once work has ended
-        self._steering = asyncio.Lock()
+        self._steering, self._moving = asyncio.Lock(), asyncio.Lock()
         self.watchers: set[asyncio.Event] = set()
 
     # Life.
@@ -162,7 +162,16 @@ class Run:
     @property
     def open(self) -> int:
         """Jobs that are out: given to a client, and not yet back."""
-        return sum(job.update is None for mine in self.machine.open.values() for job in mine.values())
+        return sum(job.update is None for job in self._jobs())
+
+    def _jobs(self) -> list[Open]:
+        """A copy: a thread may be moving the machine."""
+        return [job for mine in list(self.machine.open.values()) for job in list(mine.values())]
+
+    async def newest(self) -> Packed:
+        """The model as it is between two events."""
+        async with self._moving:
+            return await asyncio.to_thread(lambda: pack(self.machine.hub.model()))
 
     @property
     def waiting(self) -> int:
@@ -281,7 +290,8 @@ class Run:
                 verdict = self.machine.judge(event)
                 self._taken[event.client, event.number] = event.body["digest"]
             _answer(answers, verdict)
-            effects = await asyncio.to_thread(self.machine.apply, event)
+            async with self._moving:
+                effects = await asyncio.to_thread(self.machine.apply, event)
             point("after-apply")
             self._log.debug("event", seq=event.seq, kind=event.kind, client=event.client, verdict=verdict)
             await self._let_out(effects)
@@ -420,11 +430,10 @@ class Run:
             self._wake_watchers()
 
     def _recall_all(self) -> None:
-        for mine in self.machine.open.values():
-            for job in mine.values():
-                worker = self.workers.get(job.client)
-                if worker is not None and job.update is None:
-                    worker.recall(self, job, False)
+        for job in self._jobs():
+            worker = self.workers.get(job.client)
+            if worker is not None and job.update is None:
+                worker.recall(self, job, False)
 
     async def resume(self) -> None:
         """Go on after :meth:`stop`, with the jobs that were open."""
@@ -441,7 +450,7 @@ class Run:
             self._clock = time.monotonic() - self.machine.now  # the clock stood
             await self.tell("resumed")
             for client, worker in self.workers.items():
-                for job in self.machine.open.get(client, {}).values():
+                for job in list(self.machine.open.get(client, {}).values()):
                     if job.update is None:
                         worker.push(self, job)
 
@@ -480,7 +489,7 @@ class Run:
             if client not in self.machine.there:
                 fresh.append(client)
                 continue
-            for job in self.machine.open.get(client, {}).values():
+            for job in list(self.machine.open.get(client, {}).values()):
                 if job.update is None:
                     worker.push(self, job)
                     if job.recalled:

@@ -50,6 +50,7 @@ class Floor:
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs, self.data = folder, folder / "runs", folder / "coordinator"
         self.database: str | None = None  # in ``data`` unless set
+        self.sources: tuple[str, ...] = ()
         self.port = 0
 
     @asynccontextmanager
@@ -60,6 +61,7 @@ class Floor:
             data=self.data,
             runs=self.runs,
             database=self.database,
+            sources=self.sources,
             limits=Limits(**{"heartbeat": 30.0, "grace": 120.0, **limits}),
         )
         async with coordinator(config) as self.port, self.channel("user") as channel:

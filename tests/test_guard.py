@@ -33,6 +33,7 @@ from hansa.server.trust import (
     RefusalLog,
     Refused,
     caller,
+    guard,
     insecure_port,
     server_credentials,
     uncovered,
@@ -324,6 +325,35 @@ def test_a_revoked_stream_neither_says_nor_learns_another_word(method: str, fede
     assert said.code() is learned.code() is grpc.StatusCode.UNAUTHENTICATED
     assert "agent clinic is revoked" in str(said.details())
     assert reached == 0
+
+
+def test_a_revoked_stream_on_which_nobody_speaks_is_closed(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "SWEEP", 0.05)
+
+    async def act(runs: Runs, channel: Channels) -> list[str]:
+        attend = channel("clinic").stream_stream("/test.Runs/Attend")(timeout=20)
+        await attend.write(b"one")
+        assert await attend.read() == b"one"
+        watches = [
+            channel("ada").unary_stream(f"/test.Runs/{method}")(b"run-a", timeout=20)
+            for method in ("Watch", "Follow")
+        ]
+        for each in watches:
+            runs.pushes.put_nowait(b"round 1")
+            assert await each.read() == b"round 1"
+        revoked = [federation.identities["clinic"], federation.identities["ada"]]
+        federation.authority.denied.add(revoked, "test", federation.now())
+        ends = []
+        for stream in (attend, *watches):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stream.read()
+            ends.append(f"{caught.value.code().name}: {caught.value.details()}")
+        return ends
+
+    said = federation.serve(act)
+    assert all(each.startswith("UNAUTHENTICATED") and "is revoked" in each for each in said), said
 
 
 def test_a_stream_ends_with_its_certificate(federation: Federation) -> None:

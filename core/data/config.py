@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,6 +28,16 @@ class _Source(_Config):
         description="Keep only this many train examples, drawn by the seed, class by class.",
     )
 
+    FILES: ClassVar[tuple[str, ...]] = ()
+    """Fields that name files, folders, or data sets of a hub."""
+
+    def files(self) -> Iterator[tuple[str, str]]:
+        """(field, name) of all that would be read from disk, or from a hub."""
+        for field in self.FILES:
+            found = getattr(self, field)
+            for each in (found,) if isinstance(found, str) else found or ():
+                yield field, each
+
 
 class DigitsData(_Source):
     """scikit-learn's bundled handwritten digits: 1,797 images of 8x8, ten classes; no download."""
@@ -37,6 +48,7 @@ class DigitsData(_Source):
 class IdxData(_Source):
     """Images and labels in the idx format of MNIST, compressed by gzip or not."""
 
+    FILES = ("train_images", "train_labels", "test_images", "test_labels")
     source: Literal["idx"] = Field(default="idx", description="idx files, as MNIST and its kin come in.")
     train_images: str = Field(description="Path of the images [N, H, W].")
     train_labels: str = Field(description="Path of the labels [N].")
@@ -53,6 +65,7 @@ class IdxData(_Source):
 class CsvData(_Source):
     """A table in one text file, or in several that have the same columns."""
 
+    FILES = ("path", "test_path")
     source: Literal["csv"] = Field(default="csv", description="A table of numbers in a text file.")
     path: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         description="Path of the file. Of several files each is a group, unless `group` names a column."
@@ -82,6 +95,7 @@ class CsvData(_Source):
 class ImagesData(_Source):
     """A folder of images, a sub-folder for each class."""
 
+    FILES = ("path", "test_path")
     source: Literal["images"] = Field(default="images", description="A folder of image files.")
     path: str = Field(description="Path of the folder.")
     test_path: str | None = Field(default=None, description="Folder of the test images, if there is one.")
@@ -99,6 +113,7 @@ class ImagesData(_Source):
 class NpyData(_Source):
     """Arrays in .npy files; whole-number y are classes, floating y regression targets."""
 
+    FILES = ("x", "y", "group", "test_x", "test_y", "test_group")
     source: Literal["npy"] = Field(default="npy", description="NumPy arrays in .npy files.")
     x: str = Field(description="Path of the features [N, ...]; images as [N, C, H, W].")
     y: str = Field(description="Path of the labels [N], or of the floating targets [N] or [N, k].")
@@ -120,6 +135,7 @@ class NpyData(_Source):
 class TextData(_Source):
     """A text, cut into pieces; at every character the next one is to be told."""
 
+    FILES = ("path",)
     source: Literal["text"] = Field(default="text", description="Characters of a text file.")
     path: str = Field(description="Path of the UTF-8 text.")
     length: int = Field(default=80, gt=0, description="Characters in an example.")
@@ -132,6 +148,7 @@ class TextData(_Source):
 class HuggingFaceData(_Source):
     """A data set read by Hugging Face `datasets`, from its hub or from disk."""
 
+    FILES = ("path",)
     source: Literal["huggingface"] = Field(default="huggingface", description="Hugging Face `datasets`.")
     path: str = Field(
         description="Name on the hub, or path of a folder (saved by `save_to_disk`, or of data files)."

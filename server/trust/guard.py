@@ -1,7 +1,8 @@
 """Every call passes here: who is it, does the certificate still hold, is it revoked, may this role do this.
 
 A stream is checked at its start, at every message that comes in and before every message that goes out: a
-revoked certificate neither learns nor says another word over a connection that was made before. A handler
+revoked certificate neither learns nor says another word over a connection that was made before. One on which
+nobody says anything is looked at every few seconds, and closed. A handler
 cannot be reached around the guard: a method without a rule is refused, and the answer of a handler that was
 to ask whose object it touches, and did not, is not sent.
 """
@@ -12,7 +13,8 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,6 +34,8 @@ from hansa.server.trust.rules import Reach, Rules
 _log = logging.getLogger("hansa.trust")
 _LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
 _EPOCH, _FOREVER = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+SWEEP = 2.0
+"""Seconds between two looks at the certificates of all calls that are open."""
 NAME_KEY, ROLE_KEY = "hansa-name", "hansa-role"
 
 Unauthenticated, Forbidden = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
@@ -135,6 +139,9 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> None:
         self._rules, self._denied, self._now, self._on_refused = rules, denied, now, on_refused
         self._insecure = insecure
+        self._open: dict[asyncio.Task[Any], Identity] = {}
+        self._ended: dict[asyncio.Task[Any], Refused] = {}
+        self._sweeper: asyncio.Task[None] | None = None
 
     async def intercept_service(
         self,
@@ -153,9 +160,9 @@ class Guard(grpc.aio.ServerInterceptor):
             made: Caller | None = None
             try:
                 made = self._admit(method, context)
-                if handler.request_streaming:
-                    request = self._watched(request, made)
-                answer = await inner(request, _Watched(context, made, self._still))
+                request = self._watched(request, made) if handler.request_streaming else _legible(request)
+                with self._swept(made):
+                    answer = await inner(request, _Watched(context, made, self._still))
                 made._settled()
                 return answer
             except Refused as refused:
@@ -165,12 +172,12 @@ class Guard(grpc.aio.ServerInterceptor):
             made: Caller | None = None
             try:
                 made = self._admit(method, context)
-                if handler.request_streaming:
-                    request = self._watched(request, made)
-                async for answer in inner(request, _Watched(context, made, self._still)):
-                    made._settled()
-                    self._still(made.identity)
-                    yield answer
+                request = self._watched(request, made) if handler.request_streaming else _legible(request)
+                with self._swept(made):
+                    async for answer in inner(request, _Watched(context, made, self._still)):
+                        made._settled()
+                        self._still(made.identity)
+                        yield answer
             except Refused as refused:
                 await self._refuse(made, method, refused, context)
 
@@ -178,7 +185,7 @@ class Guard(grpc.aio.ServerInterceptor):
             return None  # the stub's own body, where a servicer leaves a method out: UNIMPLEMENTED
         outer = many if inspect.isasyncgenfunction(inner) else once
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(outer, handler.request_deserializer, handler.response_serializer)
+        return make(outer, _careful(handler.request_deserializer), handler.response_serializer)
 
     def _admit(self, method: str, context: Any) -> Caller:
         """Who is calling, if they may.
@@ -225,10 +232,40 @@ class Guard(grpc.aio.ServerInterceptor):
         if reason is not None:
             raise Refused(Unauthenticated, f"certificate {identity.serial} of {identity} is revoked")
 
+    @contextmanager
+    def _swept(self, made: Caller) -> Iterator[None]:
+        """While a call is handled, its certificate is looked at every :data:`SWEEP` seconds."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[task] = made.identity
+        if self._sweeper is None or self._sweeper.done():
+            self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task not in self._ended:
+                raise
+            task.uncancel()
+            raise self._ended[task] from None
+        finally:
+            self._open.pop(task, None)
+            self._ended.pop(task, None)
+
+    async def _sweep(self) -> None:
+        while self._open:
+            await asyncio.sleep(SWEEP)
+            for task, identity in list(self._open.items()):
+                try:
+                    self._still(identity)
+                except Refused as refused:
+                    if task not in self._ended:
+                        self._ended[task] = refused
+                        task.cancel()
+
     async def _watched(self, messages: AsyncIterator[Any], made: Caller) -> AsyncIterator[Any]:
         async for message in messages:
             self._still(made.identity)
-            yield message
+            yield _legible(message)
 
     async def _refuse(self, made: Caller | None, method: str, refused: Refused, context: Any) -> NoReturn:
         who = str(made.identity) if made is not None else _name(context)
@@ -258,12 +295,35 @@ class _Watched:
     async def read(self) -> Any:
         message = await self._context.read()
         self._still(self._made.identity)
-        return message
+        return _legible(message)
 
     async def write(self, message: Any) -> None:
         self._made._settled()
         self._still(self._made.identity)
         await self._context.write(message)
+
+
+_GARBLED = object()
+
+
+def _careful(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """So that bytes which are no message are refused like anything else, with a status of their own."""
+    if deserialise is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialise(data)
+        except Exception:  # whatever the parser raises
+            return _GARBLED
+
+    return read
+
+
+def _legible(message: Any) -> Any:
+    if message is _GARBLED:
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "these bytes are no message of this protocol")
+    return message
 
 
 def _told(context: Any, rule: Mapping[Role, Reach]) -> Identity:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 import signal
 import sqlite3
 from collections import Counter
@@ -17,6 +19,7 @@ from zygote import Zygote
 
 from hansa.client.outbox import Entry, Outbox
 from hansa.core.errors import RunError
+from hansa.core.store import RunStore
 from hansa.core.wire import INLINE
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import ControlStub
@@ -119,9 +122,56 @@ def test_a_coordinator_killed_at_every_point(
         torch.testing.assert_close(floor.model(run)[name], tensor, rtol=1e-5, atol=1e-5)
 
 
+def test_a_coordinator_killed_at_random(
+    floor: Floor, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(stop={"rounds": 40}, engine={"dtype": "float64", "checkpoint_every": 7})
+    draw = random.Random(0)
+    acknowledged: list[Entry] = []
+    settle = Outbox.settle
+
+    def noting(self: Outbox, made: Entry, *, counted: bool) -> None:
+        if counted:
+            acknowledged.append(made)
+        settle(self, made, counted=counted)
+
+    monkeypatch.setattr(Outbox, "settle", noting)
+
+    async def scene() -> str:
+        process = Process(zygote, floor)
+        floor.port = await process.port()
+        async with floor.agents(4), floor.channel("user") as channel:
+            run = await submit(ControlStub(channel), recipe)
+            for _ in range(8):
+                seen = len(acknowledged)
+                await until(lambda seen=seen: len(acknowledged) > seen + draw.randrange(8))  # type: ignore[misc]
+                await asyncio.sleep(draw.uniform(0.0, 0.03))
+                Zygote.kill(process.pid)
+                await process.death()
+                process = Process(zygote, floor)
+                await process.port()
+            _, status = await end(ControlStub(channel), run)
+            assert status.status == "finished", status.reason
+            Zygote.kill(process.pid, signal.SIGTERM)
+            await process.death()
+            return run
+
+    run = play(scene())
+    accepted = {(e.client, e.number): e.body["digest"] for e in events(floor, run) if e.kind == "update"}
+    assert all(accepted[each.client, each.number] == each.digest for each in acknowledged)
+    assert checked(floor, run).updates == len(accepted) == 40 * 4
+    with RunStore.open(floor.runs / run) as store:
+        assert [row.index for row in store.rounds()] == list(range(1, 41))
+    undisturbed = Simulator(assemble(recipe))
+    undisturbed.run()
+    for name, tensor in undisturbed.hub.model().items():
+        torch.testing.assert_close(floor.model(run)[name], tensor, rtol=1e-5, atol=1e-5)
+
+
 def test_agents_that_are_killed_come_back_with_what_they_had(floor: Floor, zygote: Zygote) -> None:
-    """Everything in processes of its own; each agent is killed once, in mid-run."""
-    recipe = small(algorithm={"name": "fedbn"}, stop={"rounds": 12}, train={"epochs": 20})
+    """Everything in processes of its own; agents are killed at random, in mid-run."""
+    recipe = small(algorithm={"name": "fedbn"}, stop={"rounds": 16}, train={"epochs": 20})
+    draw = random.Random(0)
 
     def agent(i: int) -> int:
         home = floor.folder / f"agent-{i}"
@@ -141,8 +191,8 @@ def test_agents_that_are_killed_come_back_with_what_they_had(floor: Floor, zygot
                     assert happening.end.status == "finished", happening.end.reason
                     break
                 made += 1
-                if made in (2, 5):
-                    i = int(made == 5)
+                if made % 2 == 0:
+                    i = draw.randrange(2)
                     Zygote.kill(agents[i])
                     agents[i] = agent(i)
             for pid in agents:

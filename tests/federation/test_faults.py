@@ -1,0 +1,315 @@
+"""What fails around a coordinator: its database, its disk, the network, its administrators' discipline."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import grpc
+import pytest
+import structlog
+from floor import Floor, checked, end, play, small, submit, until
+from postgres import Postgres
+
+from hansa.core.data.config import DataConfig
+from hansa.core.errors import RunError
+from hansa.core.recipe import parse
+from hansa.core.wire import federation_pb2 as pb
+from hansa.core.wire.federation_pb2_grpc import ControlStub
+from hansa.server import database, office, runs
+from hansa.server.app import Config, coordinator
+from hansa.server.artefacts import Artefacts
+from hansa.server.events import EventLog
+from hansa.server.patience import Over
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(office, "_SUBMITTING", 0.1)
+
+
+def count(floor: Floor, run: str) -> int:
+    with closing(EventLog(floor.url, lead=False)) as log:
+        return len(log.events(run))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["restarted", "killed"])
+def test_a_database_that_goes_away_costs_time_and_nothing_else(
+    floor: Floor, postgres: Postgres, number: signal.Signals
+) -> None:
+    recipe = small(stop={"rounds": 30}, engine={"dtype": "float64", "checkpoint_every": 3})
+    floor.database = postgres.database()
+
+    async def scene() -> str:
+        async with floor.coordinator() as control, floor.agents(3):
+            run = await submit(control, recipe)
+            await until(lambda: count(floor, run) > 20)
+            await asyncio.to_thread(postgres.stop, number)
+            try:
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await submit(control, recipe)
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert "try again later" in str(caught.value.details())
+            finally:
+                await asyncio.to_thread(postgres.start)
+            _, status = await end(control, run)
+            assert status.status == "finished", status.reason
+            assert await submit(control, small(stop={"rounds": 1}))
+            return run
+
+    run = play(scene())
+    assert checked(floor, run).updates == 30 * 4
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_costs_time_and_nothing_else(floor: Floor, disk: Path) -> None:
+    """Everything that the coordinator keeps is on it."""
+    recipe = small(stop={"rounds": 30}, engine={"dtype": "float64", "checkpoint_every": 3})
+    floor.data, floor.runs = disk / "coordinator", disk / "runs"
+    ballast = disk / "ballast"
+
+    async def scene() -> str:
+        async with floor.coordinator() as control, floor.agents(3):
+            run = await submit(control, recipe)
+            await until(lambda: count(floor, run) > 20)
+            with structlog.testing.capture_logs() as said:
+                _fill(ballast)
+                await until(
+                    lambda: any(
+                        "o space left" in str(e.get("why")) or "full" in str(e.get("why")) for e in said
+                    )
+                )
+                full = count(floor, run)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await submit(control, recipe)
+                assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+                assert "see that the directory is writable and the disk has room" in str(
+                    caught.value.details()
+                )
+                assert count(floor, run) <= full + 1
+            ballast.unlink()
+            _, status = await end(control, run)
+            assert status.status == "finished", status.reason
+            return run
+
+    run = play(scene())
+    assert checked(floor, run).updates == 30 * 4
+
+
+def _fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+
+
+def test_a_disk_that_fails_to_make_bytes_durable_ends_the_coordinator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second fsync would report success, though the bytes may be gone."""
+
+    async def scene() -> None:
+        artefacts, over = Artefacts(tmp_path / "a"), list[Over]()
+        log = EventLog(f"sqlite:///{tmp_path / 'log.db'}", before=artefacts.settle, over=over.append)
+        reception = artefacts.receive("r", "0-0", "0" * 64)
+        reception.write(b"x")
+        reception.keep()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", _broken)
+            with pytest.raises(Over, match="the disk failed to make updates durable"):
+                await log.append("r", [])
+        assert len(over) == 1
+        log.close()
+        artefacts.close()
+
+    play(scene())
+
+
+def _broken(descriptor: int) -> None:
+    raise OSError(5, "Input/output error")
+
+
+@dataclass
+class Wire:
+    """A network between two ports of this machine, which may be cut: what is under way stays under way."""
+
+    port: int
+    whole: asyncio.Event
+
+    @classmethod
+    @asynccontextmanager
+    async def to(cls, target: int) -> AsyncIterator[Wire]:
+        whole = asyncio.Event()
+        whole.set()
+
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                while data := await reader.read(1 << 16):
+                    await whole.wait()
+                    writer.write(data)
+                    await writer.drain()
+            except OSError:
+                pass
+            finally:
+                writer.close()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await whole.wait()
+            try:
+                far = await asyncio.open_connection("127.0.0.1", target)
+            except OSError:
+                writer.close()
+                return
+            await asyncio.gather(carry(reader, far[1]), carry(far[0], writer))
+
+        async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+            yield cls(server.sockets[0].getsockname()[1], whole)
+            whole.set()
+
+
+def test_a_network_that_says_nothing_for_a_while(floor: Floor) -> None:
+    """Both sides give the connection up, and nobody the run. benchmarks/crashes.py cuts a real one."""
+    recipe = small(stop={"rounds": 30})
+
+    async def scene() -> str:
+        async with floor.coordinator(heartbeat=0.3, patience=0.5) as control, Wire.to(floor.port) as wire:
+            straight, floor.port = floor.port, wire.port
+            async with floor.agents(3):
+                floor.port = straight
+                run = await submit(control, recipe)
+                await until(lambda: count(floor, run) > 20)
+                wire.whole.clear()
+                agents = [each async for each in control.Roster(pb.RosterRequest())]
+                while any(each.connected for each in agents):
+                    await asyncio.sleep(0.1)
+                    agents = [each async for each in control.Roster(pb.RosterRequest())]
+                wire.whole.set()
+                _, status = await end(control, run)
+                assert status.status == "finished", status.reason
+                return run
+
+    run = play(scene())
+    assert checked(floor, run).updates == 30 * 4
+
+
+def test_two_coordinators_on_one_database(
+    floor: Floor, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a folder of its own: the second is turned away, or, past the lock, fences the first off."""
+    floor.database = postgres.database()
+    second = Config(listen="127.0.0.1:0", data=tmp_path / "2", runs=tmp_path / "2r", database=floor.database)
+    monkeypatch.setattr(database, "_HANDOVER", 0.2)
+
+    async def scene() -> None:
+        ended: list[Over] = []
+        first = Config(listen="127.0.0.1:0", data=floor.data, runs=floor.runs, database=floor.database)
+        async with coordinator(first, over=ended.append) as floor.port, floor.channel("u") as channel:
+            with pytest.raises(RunError, match="another coordinator leads here; stop it first"):
+                await coordinator(second).__aenter__()
+            assert not ended
+            monkeypatch.setattr(database, "_TRY", database.text("SELECT true OR :key = 0"))
+            async with coordinator(second):
+                with pytest.raises(grpc.aio.AioRpcError, match="another coordinator has taken over"):
+                    await submit(ControlStub(channel), small())
+                assert "another coordinator has taken over" in str(ended[0])
+
+    play(scene())
+    with closing(EventLog(floor.url, lead=False)) as log:
+        assert log.runs() == []
+
+
+def test_an_ended_run_lets_go_of_its_hub_and_still_answers(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hubs: list[weakref.ref[object]] = []
+    begin = runs.Run.start
+
+    def noting(self: runs.Run, ended: object) -> None:
+        hubs.append(weakref.ref(self.machine.hub))
+        begin(self, ended)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runs.Run, "start", noting)
+
+    async def scene() -> None:
+        async with floor.coordinator() as control, floor.agents(2):
+            run = await submit(control, small(), key="k")
+            rounds, _ = await end(control, run)
+            await asyncio.sleep(0)
+            await until(lambda: gc.collect() >= 0 and hubs[0]() is None)
+            again, status = await end(control, run)
+            assert again == rounds
+            assert (status.status, status.rounds, status.clients) == ("finished", 3, 6)
+            assert await submit(control, small(), key="k") == run
+            pieces = [each.data async for each in control.Model(pb.RunName(id=run))]
+            assert b"".join(pieces) == (floor.runs / run / "model.safetensors").read_bytes()
+
+    play(scene())
+
+
+def test_recipes_read_what_the_administrator_allowed(floor: Floor, tmp_path: Path) -> None:
+    table = "x,y\n" + "".join(f"{i},{i % 2}\n" for i in range(40))
+    allowed, secret = tmp_path / "allowed", tmp_path / "secret"
+    for folder in (allowed, secret):
+        folder.mkdir()
+        (folder / "t.csv").write_text(table)
+    (allowed / "link.csv").symlink_to(secret / "t.csv")
+    floor.sources = (str(allowed),)
+
+    def reading(path: Path | str) -> str:
+        data = {"source": "csv", "path": str(path), "target": "y"}
+        raw = {"data": data, "partition": {"kind": "iid", "clients": 2}, "model": {"name": "logistic"}}
+        return parse(raw).toml()
+
+    async def scene() -> None:
+        async with floor.coordinator() as control:
+            for path in (secret / "t.csv", allowed / "../secret/t.csv", allowed / "link.csv", "/etc/passwd"):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await control.Submit(pb.Submission(recipe=reading(path)))
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert "data.path" in str(caught.value.details())
+                assert "`sources` of the coordinator's configuration" in str(caught.value.details())
+            assert (
+                await control.Submit(pb.Submission(recipe=reading(allowed / "t.csv")))
+            ).status == "waiting"
+
+    play(scene())
+    shutil.rmtree(allowed)
+
+
+def test_every_field_that_names_a_file_is_known_as_one() -> None:
+    union, _ = get_args(DataConfig)
+    for kind in get_args(union):
+        said = {
+            n
+            for n, f in kind.model_fields.items()
+            if str(f.description).startswith(("Path", "Folder", "Name on"))
+        }
+        assert said == set(kind.FILES), kind
