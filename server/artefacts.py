@@ -110,8 +110,8 @@ class Artefacts:
             ) from error
         finally:
             os.close(folder)
-        for file in files:
-            file.close()
+            for file in files:
+                file.close()
 
     def close(self) -> None:
         """Let go of what was not settled: no event names it."""

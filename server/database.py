@@ -113,6 +113,7 @@ class Claim:
         self._lock = threading.Lock()
         self.doubted = False
         if engine.dialect.name == "postgresql" and not self._taken(_HANDOVER):
+            self.release()
             raise RunError(f"{shown(engine.url)}: another coordinator leads here; stop it first")
 
     def renew(self) -> bool:

@@ -214,14 +214,14 @@ class Storm:
                 raise AssertionError("an honest hello was refused")
             if message.WhichOneof("body") == "job":
                 break
-        self._job = message.job
+        job = self._job = message.job
         if self._good:
             return
         data = b""
-        wanted = pb.Wanted(lease=self._job.lease, digest=self._job.payload.digest)
+        wanted = pb.Wanted(lease=job.lease, digest=job.payload.digest)
         async for piece in stub.Download(wanted, metadata=named("mallory")):
             data += piece.data
-        tree = unpack(data, self._job.tensors)
+        tree = unpack(data, job.tensors)
         self._good = pack({name: 1e-9 * torch.ones_like(each) for name, each in tree.items()}).data
 
     def _honest(self, data: bytes, **facts: Any) -> pb.Manifest:

@@ -9,9 +9,8 @@ import shutil
 import signal
 import subprocess
 import weakref
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
@@ -20,6 +19,7 @@ import pytest
 import structlog
 from floor import Floor, checked, end, play, small, submit, until
 from postgres import Postgres
+from sqlalchemy import text
 
 from hansa.core.data.config import DataConfig
 from hansa.core.errors import RunError
@@ -157,69 +157,6 @@ def _broken(descriptor: int) -> None:
     raise OSError(5, "Input/output error")
 
 
-@dataclass
-class Wire:
-    """A network between two ports of this machine, which may be cut: what is under way stays under way."""
-
-    port: int
-    whole: asyncio.Event
-
-    @classmethod
-    @asynccontextmanager
-    async def to(cls, target: int) -> AsyncIterator[Wire]:
-        whole = asyncio.Event()
-        whole.set()
-
-        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            try:
-                while data := await reader.read(1 << 16):
-                    await whole.wait()
-                    writer.write(data)
-                    await writer.drain()
-            except OSError:
-                pass
-            finally:
-                writer.close()
-
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await whole.wait()
-            try:
-                far = await asyncio.open_connection("127.0.0.1", target)
-            except OSError:
-                writer.close()
-                return
-            await asyncio.gather(carry(reader, far[1]), carry(far[0], writer))
-
-        async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
-            yield cls(server.sockets[0].getsockname()[1], whole)
-            whole.set()
-
-
-def test_a_network_that_says_nothing_for_a_while(floor: Floor) -> None:
-    """Both sides give the connection up, and nobody the run. benchmarks/crashes.py cuts a real one."""
-    recipe = small(stop={"rounds": 30})
-
-    async def scene() -> str:
-        async with floor.coordinator(heartbeat=0.3, patience=0.5) as control, Wire.to(floor.port) as wire:
-            straight, floor.port = floor.port, wire.port
-            async with floor.agents(3):
-                floor.port = straight
-                run = await submit(control, recipe)
-                await until(lambda: count(floor, run) > 20)
-                wire.whole.clear()
-                agents = [each async for each in control.Roster(pb.RosterRequest())]
-                while any(each.connected for each in agents):
-                    await asyncio.sleep(0.1)
-                    agents = [each async for each in control.Roster(pb.RosterRequest())]
-                wire.whole.set()
-                _, status = await end(control, run)
-                assert status.status == "finished", status.reason
-                return run
-
-    run = play(scene())
-    assert checked(floor, run).updates == 30 * 4
-
-
 def test_two_coordinators_on_one_database(
     floor: Floor, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,7 +172,7 @@ def test_two_coordinators_on_one_database(
             with pytest.raises(RunError, match="another coordinator leads here; stop it first"):
                 await coordinator(second).__aenter__()
             assert not ended
-            monkeypatch.setattr(database, "_TRY", database.text("SELECT true OR :key = 0"))
+            monkeypatch.setattr(database, "_TRY", text("SELECT true OR :key = 0"))
             async with coordinator(second):
                 with pytest.raises(grpc.aio.AioRpcError, match="another coordinator has taken over"):
                     await submit(ControlStub(channel), small())

@@ -36,7 +36,7 @@ def test_a_storm_of_hostile_messages(floor: Floor) -> None:
         async with floor.coordinator() as control:
             with structlog.testing.capture_logs() as said:
                 async with honest(floor):
-                    await storm.blow(300)
+                    await storm.blow(800)
             assert not [each for each in said if each["log_level"] == "error" or "exc_info" in each]
             assert "BEGIN" not in str(said)
             run_so_far = await control.Stop(pb.RunName(id=storm.run))
@@ -48,7 +48,7 @@ def test_a_storm_of_hostile_messages(floor: Floor) -> None:
             return run
 
     run = play(scene())
-    assert sum(storm.ends.values()) > 200
+    assert sum(storm.ends.values()) > 600
     assert {status for _, status in storm.ends} >= {"INVALID_ARGUMENT", "PERMISSION_DENIED", "OK"}
     storm.accepted()
     checked(floor, run)
