@@ -140,7 +140,8 @@ def test_a_disk_that_fails_to_make_bytes_durable_ends_the_coordinator(
         artefacts, over = Artefacts(tmp_path / "a"), list[Over]()
         log = EventLog(f"sqlite:///{tmp_path / 'log.db'}", before=artefacts.settle, over=over.append)
         reception = artefacts.receive("r", "0-0", "0" * 64)
-        reception.write(b"x")
+        reception.take(b"x")
+        reception.write()
         reception.keep()
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", _broken)
@@ -222,7 +223,12 @@ def test_recipes_read_what_the_administrator_allowed(floor: Floor, tmp_path: Pat
 
     def reading(path: Path | str) -> str:
         data = {"source": "csv", "path": str(path), "target": "y"}
-        raw = {"data": data, "partition": {"kind": "iid", "clients": 2}, "model": {"name": "logistic"}}
+        raw = {
+            "data": data,
+            "partition": {"kind": "iid", "clients": 2},
+            "model": {"name": "logistic"},
+            "schedule": {"cohort": 2},
+        }
         return parse(raw).toml()
 
     async def scene() -> None:
