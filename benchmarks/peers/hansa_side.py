@@ -64,7 +64,8 @@ def main() -> None:
     def on_round(done: Round) -> None:
         if job.device != "cpu":
             torch.cuda.synchronize()
-        turns.end({name: each.cpu().numpy() for name, each in simulator.hub.model().items()})
+        model = {name: each.cpu().numpy() for name, each in simulator.hub.model().items()}
+        turns.end(model, engine=simulator.engine)
         if {each.client for each in done.participants} != set(cohorts[done.index - 1].tolist()):
             raise SystemExit(f"round {done.index}: the cohort is not the job's")
         if done.index == job.rounds:
@@ -72,9 +73,7 @@ def main() -> None:
         turns.begin()
 
     simulator = Simulator(federation(job), on_round=on_round)
-    turns = Turns(
-        job, "hansa", ("hansa", "torch"), torch_threads=torch.get_num_threads(), engine=simulator.engine
-    )
+    turns = Turns(job, "hansa", ("hansa", "torch"), torch_threads=torch.get_num_threads())
     turns.begin()
     simulator.run()
 

@@ -121,8 +121,8 @@ class Turns:
         self._others = _others_seconds()
         self._own, self._began = time.process_time(), time.perf_counter()
 
-    def end(self, model: Mapping[str, np.ndarray]) -> None:
-        """Stop the clock, write the global model down, tell."""
+    def end(self, model: Mapping[str, np.ndarray], **learned: Any) -> None:
+        """Stop the clock, write the global model down, tell; ``learned`` are facts not known before."""
         seconds, own = time.perf_counter() - self._began, time.process_time() - self._own
         cpu = own + _others_seconds() - self._others
         path = Path(self._job.folder) / f"{self._side}-{self._round}.safetensors"
@@ -138,6 +138,7 @@ class Turns:
                 "peak_mb": sum(each.get("VmHWM", 0) for each in status) / 1024,
                 "threads": sum(each.get("Threads", 0) for each in status),
                 "processes": len(processes),
+                "learned": learned,
             }
         )
 

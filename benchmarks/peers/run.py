@@ -121,6 +121,7 @@ class Side:
             raise Failed(self._last_words()) from None
         told = self._heard()
         self._signal(signal.SIGSTOP)
+        self.facts.update(told.pop("learned", {}))
         told["since_start"] = self._started = self._started + told["seconds"]
         return told
 
