@@ -87,7 +87,7 @@ def _field_changed(lines: list[bytes], index: int, name: str) -> bytes:
     return b"".join([*lines[:index], line, *lines[index + 1 :]])
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=[*HealthCheck])
 @given(data=st.data())
 def test_every_change_is_found(whole: tuple[Path, bytes, bytes], data: st.DataObject) -> None:
     folder, log, head = whole

@@ -85,7 +85,8 @@ def synthetic_domains(saved: Callable[[Mapping[str, Array]], Table]) -> Callable
 
     def build(seed: int) -> Table:
         rng = np.random.default_rng(seed)
-        x, y = load_digits(return_X_y=True)
+        digits = load_digits()
+        x, y = np.asarray(digits["data"]), np.asarray(digits["target"])
         x = x.reshape(-1, 1, 8, 8) / 16
 
         def noisy(images: Array, deviation: float) -> Array:
