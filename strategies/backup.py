@@ -8,7 +8,8 @@ The late are interrupted and restart from the new model. k is chosen for the lar
 * from k updates with mean ū and variance V: the squared norm of their expectation is ``N = ‖ū‖² − V/k``;
 * a step ``c ū`` lowers the loss by ``c N/h − (L/2) c² (N + V/k)``: h is what local work multiplies a gradient
   by (step size times steps); c is 1, or k/n where absent clients count as zero (weights of frequency
-  ``always``); the smoothness L is read off the decrease that the steps before have made.
+  ``always``); the smoothness L is read off the decrease that the steps before have made, each
+  counting as its length squared.
 
 The estimators follow the paper's idea; its guards are not reproduced but for one: where no k promises a gain,
 all are waited for.
@@ -33,7 +34,8 @@ class BackupProgress(RoundsProgress):
     ----------
     began: when the round began.
     times: of each number of updates 1 … n, the last seconds that it took to have so many.
-    powers, variances, bends: the last estimates of N, V and L.
+    powers, variances: the last estimates of N and V.
+    bends: of the last steps, what they fell short of a plane, and what an L of one would have cost them.
     loss, last: the training loss before the last step, and of how many updates that was made.
     """
 
@@ -41,7 +43,7 @@ class BackupProgress(RoundsProgress):
     times: tuple[tuple[float, ...], ...] = ()
     powers: tuple[float, ...] = ()
     variances: tuple[float, ...] = ()
-    bends: tuple[float, ...] = ()
+    bends: tuple[tuple[float, float], ...] = ()
     loss: float | None = None
     last: int = 0
 
@@ -125,12 +127,13 @@ class Backup(Rounds):
         bends = p.bends
         if p.loss is not None and p.powers:  # the step before made this loss of that one
             power, variance, c = p.powers[-1], p.variances[-1], self._reach(p.last)
-            square = c * c * (power + variance / p.last)
-            if square > 0:
-                bend = 2 * (c * power / self.step_size - (p.loss - loss)) / square
-                bends = (*bends, max(bend, 0.0))[-self.window :]
-        variance = measured["update/variance"]
-        power = max(measured["update/mean"] - variance / k, 0.0)
+            short = c * power / self.step_size - (p.loss - loss)
+            cost = c * c * (power + variance / p.last) / 2
+            if cost > 0:
+                bends = (*bends, (short, cost))[-self.window :]
+        # One update tells nothing of a variance; to take it for zero would keep k at 1 for good.
+        variance = measured["update/variance"] if k > 1 or not p.variances else _mean(p.variances)
+        power = measured["update/mean"] - variance / k
         return replace(
             p,
             powers=(*p.powers, power)[-self.window :],
@@ -147,7 +150,9 @@ class Backup(Rounds):
         """k of the next round: everybody while too little is known."""
         if not p.bends:
             return self.cohort
-        power, variance, bend = _mean(p.powers), _mean(p.variances), _mean(p.bends)
+        # Single estimates below zero count as they are: were they cut off, the mean would be too large.
+        power, variance = max(_mean(p.powers), 0.0), _mean(p.variances)
+        bend = max(sum(short for short, _ in p.bends) / sum(cost for _, cost in p.bends), 0.0)
         best, rate, seconds = self.cohort, 0.0, 0.0
         for k, seen in enumerate(p.times[: self.cohort], start=1):
             seconds = max(seconds, _mean(seen))  # means over unlike rounds need not rise with k

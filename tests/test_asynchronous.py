@@ -344,7 +344,7 @@ def learnt(**more: Any) -> BackupProgress:
         "times": ((1.0,), (2.0,), (9.0,)),
         "powers": (1.0,),
         "variances": (3.0,),
-        "bends": (1.0,),
+        "bends": ((1.0, 1.0),),
     }
     return BackupProgress(seed=0, **{**known, **more})
 
@@ -354,14 +354,14 @@ def test_backup_takes_the_largest_gain_per_second() -> None:
     schedule = Backup(cohort=3)
     assert schedule.choice(learnt()) == 3
     # Bend ½: gains 0, 3/8, ½; per second 0, 3/16, 1/18.
-    assert schedule.choice(learnt(bends=(0.5,))) == 2
+    assert schedule.choice(learnt(bends=((0.5, 1.0),))) == 2
     # Bend 0: gains 1, per second 1, ½, 1/9. A robust rule asks for two.
-    assert schedule.choice(learnt(bends=(0.0,))) == 1
-    assert Backup(cohort=3, minimum=2).choice(learnt(bends=(0.0,))) == 2
+    assert schedule.choice(learnt(bends=((0.0, 1.0),))) == 1
+    assert Backup(cohort=3, minimum=2).choice(learnt(bends=((0.0, 1.0),))) == 2
     # Steps k/3 as long: gains 1/3, 2/3, 1 less ¼ (k²/9)(1 + 3/k): 2/9, 7/18, ½; per second 2/9, 7/36, 1/18.
-    assert Backup(cohort=3, proportional=True).choice(learnt(bends=(0.5,))) == 1
+    assert Backup(cohort=3, proportional=True).choice(learnt(bends=((0.5, 1.0),))) == 1
     # Nothing is known of the third, who never came.
-    assert schedule.choice(learnt(bends=(0.5,), times=((1.0,), (2.0,)))) == 2
+    assert schedule.choice(learnt(bends=((0.5, 1.0),), times=((1.0,), (2.0,)))) == 2
     assert schedule.choice(BackupProgress(seed=0)) == 3
 
 
