@@ -196,6 +196,13 @@ class Verdicts:
     relative: NDArray[np.float64]
     weight: NDArray[np.float64]
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Verdicts) and all(
+            np.array_equal(each, getattr(other, name), equal_nan=True) for name, each in vars(self).items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     @classmethod
     def of(cls, judged: tuple[Sequence[Report], Judgement] | None) -> Verdicts | None:
         """From what a hub says of its last step."""
