@@ -65,7 +65,11 @@ def images(folder: Path, name: str, train: int, test: int) -> Table:
                 file.read(head)
                 size = 28 * 28 if what == "x" else 1
                 values = np.frombuffer(file.read(count * size), np.uint8)
-            np.save(copy, values.reshape(-1, 1, 28, 28) if what == "x" else values.astype(np.int64))
+            np.save(
+                copy,
+                values.reshape(-1, 1, 28, 28) if what == "x" else values.astype(np.int64),
+                allow_pickle=False,
+            )
     return section
 
 

@@ -280,13 +280,17 @@ class Hub:
         }
         return tensors, facts
 
+    def _ordered(self, tree: Tree) -> Tree:
+        """Names that parameters have in the parameters' order, then the others."""
+        return {**{name: tree[name] for name in self.state.params if name in tree}, **tree}
+
     def restore(self, tensors: Tree, facts: Mapping[str, Any]) -> None:
         """Continue from a :meth:`snapshot`."""
         self.state = dataclasses.replace(
             self.state,
             # In the old order, for sums over a tree depend on it in the last digit; a file sorts by name.
             params=pick(take_under("params", tensors), self.state.params),
-            slots={slot: take_under(f"slots/{slot}", tensors) for slot in facts["slots"]},
+            slots={slot: self._ordered(take_under(f"slots/{slot}", tensors)) for slot in facts["slots"]},
             version=facts["version"],
         )
         self._progress = TypeAdapter(type(self._progress)).validate_python(facts["progress"])

@@ -458,11 +458,11 @@ def test_the_generator_is_one_and_has_moved_after_a_round(
 ) -> None:
     task, fraug, federation = federation_of(digits, stop={"rounds": 1}, schedule={"cohort": 6})
     simulator = Simulator(federation)
-    updates: list[Tree] = []
+    updates: dict[int, Tree] = {}
     fold = simulator.hub.fold
 
     def listening_fold(reports: Any, stacked: Tree, present: Any) -> None:
-        updates.extend(row(stacked, place) for place in range(len(reports)))
+        updates.update({report.client: row(stacked, place) for place, report in enumerate(reports)})
         fold(reports, stacked, present)
 
     monkeypatch.setattr(simulator.hub, "fold", listening_fold)
@@ -473,7 +473,7 @@ def test_the_generator_is_one_and_has_moved_after_a_round(
     for name, each in params.items():
         if name.startswith("generator"):
             mean = sum(
-                (share * update[name] for share, update in zip(shares, updates, strict=True)), torch.zeros(())
+                (share * updates[client][name] for client, share in enumerate(shares)), torch.zeros(())
             )
             assert torch.allclose(
                 each, mean if "running" in name else start[name] + mean, rtol=1e-9, atol=1e-12
