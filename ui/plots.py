@@ -23,6 +23,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from hansa.ui.theme import CATEGORIES
+
 __all__ = [
     "client_spread",
     "compare",
@@ -40,18 +42,6 @@ __all__ = [
 Series: TypeAlias = tuple[ArrayLike, ArrayLike]
 """Where (rounds, seconds, bytes) and the values there, both [n]."""
 
-_COLOURS = (
-    "#3f90da",
-    "#ffa90e",
-    "#bd1f01",
-    "#94a4a2",
-    "#832db6",
-    "#a96b59",
-    "#e76300",
-    "#b9ac70",
-    "#717581",
-    "#92dadd",
-)
 _INK, _SOFT, _GRID = "#1f2328", "#59636e", "#e4e7eb"
 _WIDTH = 9.6  # inches
 _BARS = 60  # more clients than this are drawn as a curve or a map
@@ -72,7 +62,7 @@ def partition_picture(counts: NDArray[np.integer[Any]], classes: Sequence[str] =
     if counts.ndim == 1:
         return _sizes(counts)
     names = list(classes) or [str(c) for c in range(counts.shape[1])]
-    if len(counts) <= _BARS and counts.shape[1] <= len(_COLOURS):
+    if len(counts) <= _BARS and counts.shape[1] <= len(CATEGORIES):
         return _stacked(counts, names)
     return _shares(counts, names)
 
@@ -81,7 +71,7 @@ def _stacked(counts: NDArray[np.integer[Any]], names: Sequence[str]) -> Figure:
     figure, (axes,) = _canvas(1, height=3.6)
     clients = np.arange(len(counts))
     below = np.zeros(len(counts))
-    for column, name, colour in zip(counts.T, names, _COLOURS, strict=False):
+    for column, name, colour in zip(counts.T, names, CATEGORIES, strict=False):
         axes.bar(
             clients,
             column,
@@ -115,7 +105,7 @@ def _shares(counts: NDArray[np.integer[Any]], names: Sequence[str]) -> Figure:
     figure, (size, axes) = _canvas(2, height=height, stacked=True, ratios=(1, height - 1.6), sharex=True)
     extent = (-0.5, len(counts) - 0.5)
     edges = np.linspace(*extent, len(totals) + 1)
-    size.stairs(totals, edges, fill=True, color=_COLOURS[8])
+    size.stairs(totals, edges, fill=True, color=CATEGORIES[8])
     size.set(ylabel="examples", ylim=(0, None))
     size.grid(visible=False, axis="x")
     size.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
@@ -142,14 +132,14 @@ def _shares(counts: NDArray[np.integer[Any]], names: Sequence[str]) -> Figure:
 def _sizes(counts: NDArray[np.integer[Any]]) -> Figure:
     figure, (axes,) = _canvas(1, height=2.8)
     if len(counts) <= _BARS:
-        axes.bar(np.arange(len(counts)), counts, 0.86, color=_COLOURS[0])
+        axes.bar(np.arange(len(counts)), counts, 0.86, color=CATEGORIES[0])
         axes.set(xlabel="client", xlim=(-0.7, len(counts) - 0.3))
     else:
         axes.stairs(
             _binned(np.sort(counts)[::-1].astype(float), _COLUMNS),
             np.linspace(0, len(counts), min(len(counts), _COLUMNS) + 1),
             fill=True,
-            color=_COLOURS[0],
+            color=CATEGORIES[0],
         )
         axes.set(xlabel="clients, the largest first", xlim=(0, len(counts)))
     axes.set(ylabel="examples", ylim=(0, None))
@@ -183,7 +173,7 @@ def progress(
         (np.asarray(transferred, float) / factor, f"sent up and down ({size})"),
     )
     for axes, (x, label) in zip(panels, where, strict=True):
-        _line(axes, x, values, _COLOURS[0])
+        _line(axes, x, values, CATEGORIES[0])
         axes.set(xlabel=label, xlim=(0, None) if x.size and x.min() >= 0 else None)
     _whole(panels[0].xaxis, 6)
     panels[0].set(ylabel="accuracy")
@@ -194,7 +184,7 @@ def progress(
 def losses(series: Mapping[str, Series]) -> Figure:
     """Losses by name over rounds, on a logarithmic scale where they fall by more than a hundredfold."""
     figure, (axes,) = _canvas(1, height=3.0)
-    for (name, (x, y)), colour in zip(series.items(), _repeat(_COLOURS), strict=False):
+    for (name, (x, y)), colour in zip(series.items(), _repeat(CATEGORIES), strict=False):
         _line(axes, x, y, colour, label=_plain(name))
     values = np.concatenate([np.asarray(y, float) for _, y in series.values()] or [np.empty(0)])
     values = values[np.isfinite(values)]
@@ -223,13 +213,13 @@ def client_spread(accuracy: ArrayLike, rounds: ArrayLike = (), quantiles: ArrayL
     figure, panels = _canvas(2 if len(x) > 1 else 1, height=3.0, sharey=True)
     last = panels[0]
     if len(final) <= _BARS:
-        last.bar(np.arange(1, len(final) + 1), final, 0.8, color=_COLOURS[0])
+        last.bar(np.arange(1, len(final) + 1), final, 0.8, color=CATEGORIES[0])
     else:
         last.stairs(
             _binned(final, _COLUMNS),
             np.linspace(0.5, len(final) + 0.5, min(len(final), _COLUMNS) + 1),
             fill=True,
-            color=_COLOURS[0],
+            color=CATEGORIES[0],
         )
     if len(final):
         mean = final.mean()
@@ -255,10 +245,10 @@ def client_spread(accuracy: ArrayLike, rounds: ArrayLike = (), quantiles: ArrayL
     if len(x) > 1:
         worst, lower, median, upper, best = bands.T
         over = panels[1]
-        over.fill_between(x, worst, best, color=_COLOURS[0], alpha=0.18, linewidth=0, label="worst to best")
-        over.fill_between(x, lower, upper, color=_COLOURS[0], alpha=0.45, linewidth=0, label="middle half")
+        over.fill_between(x, worst, best, color=CATEGORIES[0], alpha=0.18, linewidth=0, label="worst to best")
+        over.fill_between(x, lower, upper, color=CATEGORIES[0], alpha=0.45, linewidth=0, label="middle half")
         over.plot(x, median, color=_INK, linewidth=1.6, label="median")
-        over.plot(x, worst, color=_COLOURS[2], linewidth=1.2, label="worst client")
+        over.plot(x, worst, color=CATEGORIES[2], linewidth=1.2, label="worst client")
         over.set(xlabel="round", xlim=(x[0], x[-1]))
         _whole(over.xaxis, 7)
         _legend(figure, over)
@@ -276,7 +266,7 @@ def staleness(counts: Mapping[int, int]) -> Figure:
         np.arange(len(bars)) * width + (width - 1) / 2,
         bars / max(jobs.sum(), 1),
         0.86 * width,
-        color=_COLOURS[0],
+        color=CATEGORIES[0],
     )
     mean = float(ages @ jobs / max(jobs.sum(), 1))
     axes.axvline(mean, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -315,7 +305,7 @@ def contributions(updates: ArrayLike, examples: ArrayLike) -> Figure:
     axes.plot([0, 1.05 * top], [0, 1.05 * top], color=_INK, linewidth=1, label="as often as $p_i$ says")
     level = 1 / max(len(often), 1)
     axes.axhline(level, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="all equally often")
-    axes.scatter(share, often, s=22, color=_COLOURS[0], alpha=0.7, linewidth=0, label="a client")
+    axes.scatter(share, often, s=22, color=CATEGORIES[0], alpha=0.7, linewidth=0, label="a client")
     axes.set(
         xlabel="share of the examples, $p_i$",
         ylabel="share of the updates",
@@ -350,7 +340,7 @@ def timeline(
     scale, unit = _time_unit(returned)
     height = float(np.clip(0.13 * len(shown) + 1.0, 2.0, 6.0))
     figure, (axes,) = _canvas(1, height=height)
-    colours = {"folded": _COLOURS[0], "discarded": _COLOURS[3], "lost": _COLOURS[2]}
+    colours = {"folded": CATEGORIES[0], "discarded": CATEGORIES[3], "lost": CATEGORIES[2]}
     for outcome, colour in colours.items():
         here = (outcomes == outcome) & np.isin(clients, shown)
         if here.any():
@@ -402,7 +392,10 @@ def participation(
             2, height=height + 1.1, stacked=True, ratios=(1, height - 0.6), sharex=True
         )
         above.stairs(
-            wasted.sum(axis=0) / np.maximum(counts.sum(axis=0), 1), rounds - 0.5, fill=True, color=_COLOURS[2]
+            wasted.sum(axis=0) / np.maximum(counts.sum(axis=0), 1),
+            rounds - 0.5,
+            fill=True,
+            color=CATEGORIES[2],
         )
         above.set(ylabel="lost or\ndiscarded", ylim=(0, None))
         above.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -455,8 +448,10 @@ def compare(
     elif over == "bytes":
         scale, unit = _byte_unit(*everywhere)
         label = f"sent up and down ({unit})"
-    dashes = [style for style in ("-", (0, (5, 2)), (0, (1.5, 1.5))) for _ in _COLOURS]
-    for (name, (x, y)), colour, dash in zip(series.items(), _repeat(_COLOURS), _repeat(dashes), strict=False):
+    dashes = [style for style in ("-", (0, (5, 2)), (0, (1.5, 1.5))) for _ in CATEGORIES]
+    for (name, (x, y)), colour, dash in zip(
+        series.items(), _repeat(CATEGORIES), _repeat(dashes), strict=False
+    ):
         _line(axes, np.asarray(x, float) / scale, y, colour, label=_plain(name), linestyle=dash)
         width = np.asarray((deviations or {}).get(name, 0.0), float)
         if width.any():
@@ -479,7 +474,7 @@ def others(series: Mapping[str, Series]) -> Figure:
     for place, (name, (x, y)) in enumerate(series.items()):
         axes = figure.add_subplot(grid[place // 3, place % 3])
         _dress(axes)
-        _line(axes, x, y, _COLOURS[0])
+        _line(axes, x, y, CATEGORIES[0])
         axes.set_title(_plain(name), fontsize=10, loc="left", color=_INK)
         _whole(axes.xaxis, 5)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
