@@ -42,6 +42,7 @@ from hansa.core.wire import stranger, version
 T = TypeVar("T")
 _LOOK = 600.0  # seconds between two looks at the certificate
 _BLOBS = 8  # recipes and models kept in memory
+_WELCOME = 10.0  # seconds until a coordinator has greeted
 _SOONEST, _SLOWEST = 0.1, 1.0  # seconds between two tries, more or less by half; doubled from one to the next
 
 _log = structlog.get_logger(__name__)
@@ -190,8 +191,9 @@ class Agent:
     async def _attend(self) -> None:
         async with Link(self._config.coordinator, self._config.identity, self._config.name) as link:
             stream = link.attend()
-            await stream.write(pb.FromAgent(hello=self._hello()))
-            welcome = await asyncio.wait_for(stream.read(), 10)
+            async with asyncio.timeout(_WELCOME):
+                await stream.write(pb.FromAgent(hello=self._hello()))
+                welcome = await stream.read()
             if welcome is grpc.aio.EOF or welcome.WhichOneof("body") != "welcome":
                 return
             if (reason := stranger(welcome.welcome.version)) is not None:

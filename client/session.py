@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import grpc
 
@@ -14,6 +15,8 @@ from hansa.core.trust import channel_credentials, insecure_channel
 from hansa.core.wire import INLINE, NAME, OPTIONS, PIECE
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import AgentsStub
+
+T = TypeVar("T")
 
 _AGAIN = {  # worth another try; everything else is an answer
     grpc.StatusCode.UNAVAILABLE,
@@ -28,7 +31,7 @@ _AGAIN = {  # worth another try; everything else is an answer
 _OPTIONS = (
     *OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # which also is how long a connection may take to be made
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.use_local_subchannel_pool", 1),
 )
@@ -59,12 +62,37 @@ class Link:
             self.channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
         self._metadata = ((NAME, name),) if identity is None else None
         self._stub = AgentsStub(self.channel)
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        self._closed = True
+        for call in self._calls:
+            call.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
         await self.channel.close()
+
+    async def _while_open(self, call: Coroutine[Any, Any, T]) -> T:
+        """A call, which ends with the connection.
+
+        That is not left to gRPC: to write into a call that was cancelled before its headers were sent waits
+        for ever (grpcio 1.81).
+        """
+        task = asyncio.create_task(call)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        if self._closed:
+            task.cancel()
+        try:
+            return await task
+        except asyncio.CancelledError as error:
+            waiting = asyncio.current_task()
+            if self._closed and waiting is not None and not waiting.cancelling():
+                raise Later("the connection was closed") from error
+            raise
 
     def attend(self) -> Any:
         """The stream of an agent that is there."""
@@ -77,7 +105,12 @@ class Link:
         ------
         Gone
             When the job is over.
+        Later
+            When it did not work now.
         """
+        return await self._while_open(self._download(lease, blob))
+
+    async def _download(self, lease: bytes, blob: pb.Blob) -> bytes:
         parts: list[bytes] = []
         have = 0
         wanted = pb.Wanted(lease=lease, digest=blob.digest)
@@ -101,7 +134,12 @@ class Link:
         ------
         Gone
             When it never will.
+        Later
+            When it did not work now.
         """
+        return await self._while_open(self._upload(outbox, entry))
+
+    async def _upload(self, outbox: Outbox, entry: Entry) -> bool:
         call = self._stub.Upload(metadata=self._metadata)
         inline = outbox.read(entry, 0, entry.size) if entry.size <= INLINE else b""
         manifest = pb.Manifest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import hashlib
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hansa.client.agent import Config, read_config
 from hansa.client.check import check
 from hansa.client.outbox import Outbox, entry
 from hansa.client.policy import Policy, Refused
+from hansa.client.session import Later, Link
 from hansa.core.errors import InputError, RunError
 from hansa.core.trees import Tree
 from hansa.core.wire.tensors import pack
@@ -57,6 +59,26 @@ def test_what_was_finished_outlives_the_process(tmp_path: Path) -> None:
     (tmp_path / "outbox" / "r" / "4-1" / "private.safetensors").unlink()
     again.settle(again.entries()[0], counted=True)
     assert again.entries() == []
+
+
+def test_an_upload_ends_with_its_connection(tmp_path: Path) -> None:
+    """Also one whose headers never went out: a coordinator that takes connections and says nothing."""
+    outbox = Outbox(tmp_path)
+    made = finished(outbox, 0, {})
+
+    async def scene() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as mute:
+            link = Link(f"127.0.0.1:{mute.getsockname()[1]}", None, "a")
+            upload = asyncio.create_task(link.upload(outbox, made))
+            await asyncio.sleep(0.1)
+            assert not upload.done()
+            await link.__aexit__()
+            with pytest.raises(Later, match="closed"):
+                await upload
+            with pytest.raises(Later, match="closed"):
+                await link.upload(outbox, made)
+
+    play(scene())
 
 
 def test_private_state_that_cannot_be_read_stops_the_job(tmp_path: Path) -> None:

@@ -122,11 +122,6 @@ def test_a_coordinator_killed_at_every_point(
         torch.testing.assert_close(floor.model(run)[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.xfail(
-    raises=TimeoutError,
-    strict=False,
-    reason="seldom, after a restart, agents are connected and no job moves: a known fault, not yet found",
-)
 def test_a_coordinator_killed_at_random(
     floor: Floor, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +140,7 @@ def test_a_coordinator_killed_at_random(
     async def scene() -> str:
         process = Process(zygote, floor)
         floor.port = await process.port()
-        async with asyncio.timeout(180), floor.agents(4), floor.channel("user") as channel:
+        async with floor.agents(4), floor.channel("user") as channel:
             run = await submit(ControlStub(channel), recipe)
             for _ in range(8):
                 seen = len(acknowledged)
