@@ -302,11 +302,11 @@ class Machine:
         before = self.hub.state
         measured = self.hub.close()
         made = self.hub.state.version > before.version
-        score = self._record(measured, movement(before.params, self.hub.model())) if made else None
-        self._obey(self.hub.on(Aggregated(score), self.now))
+        told = self._record(measured, movement(before.params, self.hub.model())) if made else Aggregated()
+        self._obey(self.hub.on(told, self.now))
 
-    def _record(self, measured: dict[str, float], moved: dict[str, tuple[float, float]]) -> float | None:
-        """Evaluate if it is time, tell of the round, return the headline score."""
+    def _record(self, measured: dict[str, float], moved: dict[str, tuple[float, float]]) -> Aggregated:
+        """Evaluate if it is time, tell of the round, return what the schedule is told."""
         f, version = self._f, self.hub.state.version
         folded = [
             p for p in self._participants if p.outcome == "folded" and p.phase == f.algorithm.phases[-1]
@@ -337,7 +337,7 @@ class Machine:
         )
         self._up = self._down = 0
         self._participants = []
-        return score
+        return Aggregated(score, metrics)
 
     # Snapshots, between two events.
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from replay import Replay, recorded
 
 from hansa.core.algorithm import Algorithm, Report
 from hansa.core.errors import InputError
@@ -59,21 +60,32 @@ def arriving(k: int = 1, steps: int = 4) -> Buffered:
 
 @pytest.fixture
 def models(quadratic: Quadratic) -> Callable[..., list[float]]:
-    """``models(algorithm, schedule, ...)``: w after every step."""
+    """``models(algorithm, schedule, ...)``: w after every step, in the simulator and on a coordinator."""
 
     def run(
-        algorithm: Algorithm, schedule: Schedule, *, seconds: Sequence[float] = SECONDS, **more: Any
+        algorithm: Algorithm,
+        schedule: Schedule,
+        *,
+        seconds: Sequence[float] = SECONDS,
+        again: bool = True,
+        **more: Any,
     ) -> list[float]:
         federation = quadratic(
             algorithm, (1.0,) * 3, [[b] for b in B], local=LocalSGD(lr=0.5), schedule=schedule, **more
         )
         found: list[float] = []
-        simulator = Simulator(
-            federation,
-            Paced(seconds=tuple(seconds)),
-            on_round=lambda _: found.append(float(simulator.hub.model()["w"])),
-        )
+        rounds: list[Round] = []
+
+        def record(done: Round) -> None:
+            rounds.append(done)
+            found.append(float(simulator.hub.model()["w"]))
+
+        simulator = Simulator(federation, Paced(seconds=tuple(seconds)), on_round=record)
         simulator.run()
+        if again:
+            replay = Replay(federation, recorded(rounds), rounds[-1].time)
+            played = [float(each["w"]) for each in replay.models]
+            np.testing.assert_allclose(played, found, rtol=ROUNDING, atol=1e-15)
         return found
 
     return run
@@ -242,7 +254,7 @@ def test_nine_arrivals_to_one_bias_afa_cd_and_not_afa_cs(
     models: Models, algorithm: AFACD, rates: Sequence[float], within: float
 ) -> None:
     """Where it ends up: the mean of the minima weighted by arrivals, or the plain mean."""
-    found = np.mean(models(algorithm, arriving(steps=1200), seconds=(1.0, 9.0, 9.0))[-500:])
+    found = np.mean(models(algorithm, arriving(steps=1200), seconds=(1.0, 9.0, 9.0), again=False)[-500:])
     assert found == pytest.approx(np.array(rates) @ B / sum(rates), abs=within)
 
 
@@ -363,6 +375,45 @@ def test_backup_takes_the_largest_gain_per_second() -> None:
     # Nothing is known of the third, who never came.
     assert schedule.choice(learnt(bends=((0.5, 1.0),), times=((1.0,), (2.0,)))) == 2
     assert schedule.choice(BackupProgress(seed=0)) == 3
+
+
+def test_backup_by_hand(quadratic: Quadratic) -> None:
+    """b = 8, 1, 9; 4, 4.1 and 6 seconds; h = ½. Two rounds of all, then two of them, then the first alone.
+
+    Round 1 from 0: updates 4, ½, 9/2, their mean 3, V = 19/4, N = 9 − V/3 = 89/12; the loss was 73/3.
+    Round 2 from 3: 5/2, −1, 3, mean 3/2, V = 19/4, N = 9/4 − V/3 = ⅔; the loss was 65/6. So the first step
+    gained 27/2 where a plane gives N/h = 89/6: 4/3 short, at a cost of (N + V/3)/2 = 9/2, and L = 8/27.
+    Round 3: N = 97/24 and V = 19/4 on average, gain(k) = 97/12 − 4/27 (97/24 + 19/4k) = 6.78, 7.13, 7.25, per
+    second 1.695, 1.740, 1.208: k = 2. From 9/2: 7/4, −7/4, mean 0, V = 49/8, N = −V/2; the loss was 49/8. The
+    second step gained 113/24 where a plane gives 4/3: −27/8 short at a cost of 9/8, and L = 0.
+    Round 4: N > 0 on average and no bend: all k gain alike, so the first to come is the best per second.
+    """
+    rounds: list[Round] = []
+    models: list[float] = []
+    schedule = Backup(stop=Stopping(rounds=4), cohort=3, step_size=0.5)
+    federation = quadratic(
+        FedAvg(), (1.0,) * 3, [[8.0], [1.0], [9.0]], local=LocalSGD(lr=0.5), schedule=schedule
+    )
+
+    def record(done: Round) -> None:
+        rounds.append(done)
+        models.append(float(simulator.hub.model()["w"]))
+
+    simulator = Simulator(federation, Paced(seconds=(4.0, 4.1, 6.0)), on_round=record)
+    simulator.run()
+    replay = Replay(federation, recorded(rounds), rounds[-1].time)
+    for made, found, hub in (
+        (rounds, models, simulator.hub),
+        (replay.rounds, [float(each["w"]) for each in replay.models], replay.machine.hub),
+    ):
+        folded = [[p.client for p in done.participants if p.outcome == "folded"] for done in made]
+        assert folded == [[0, 1, 2], [0, 1, 2], [0, 1], [0]]
+        assert [done.time for done in made] == pytest.approx([6.0, 12.0, 16.1, 20.1])
+        np.testing.assert_allclose(found, [3.0, 4.5, 4.5, 6.25], rtol=ROUNDING)
+        learnt: Any = hub._progress
+        np.testing.assert_allclose(learnt.powers[:3], [89 / 12, 2 / 3, -49 / 16], rtol=ROUNDING)
+        np.testing.assert_allclose(learnt.variances[:3], [19 / 4, 19 / 4, 49 / 8], rtol=ROUNDING)
+        np.testing.assert_allclose(learnt.bends[:2], [(4 / 3, 9 / 2), (-27 / 8, 9 / 8)], rtol=ROUNDING)
 
 
 def test_backup_reads_times_and_smoothness_off_the_rounds(quadratic: Quadratic) -> None:
