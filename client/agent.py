@@ -114,10 +114,14 @@ def read_config(path: Path) -> Config:
 
 @dataclass
 class _Task:
-    """A job under way, or an entry of the outbox that waits for its acknowledgement."""
+    """A job under way, or an entry of the outbox that waits for its acknowledgement.
+
+    ``evaluates`` says that the job is to score a model.
+    """
 
     lease: bytes
     job: pb.Job | None = None
+    evaluates: bool = False
     entry: Entry | None = None
     halt: Literal["", "send", "drop"] = ""
     runner: asyncio.Task[None] | None = None
@@ -251,15 +255,16 @@ class Agent:
             device=self._config.device or f"cpu {platform.machine()}",
             hansa=hansa.__version__,
             torch=torch.__version__,
+            own=self._config.data is not None,
             holding=[lease for lease, task in self._tasks.items() if task.halt != "drop"],
         )
 
     def _hear(self, message: pb.ToAgent) -> None:
         match message.WhichOneof("body"):
-            case "job":
-                lease = message.job.lease
-                if lease not in self._tasks:
-                    self._begin(_Task(lease, job=message.job))
+            case "job" | "evaluation" as kind:
+                job = message.job if kind == "job" else message.evaluation
+                if job.lease not in self._tasks:
+                    self._begin(_Task(job.lease, job=job, evaluates=kind == "evaluation"))
             case "recall":
                 self._recall(message.recall)
             case _:  # pulses, and what later minor versions may say
@@ -292,6 +297,9 @@ class Agent:
         log = self._log.bind(run=facts.run, client=facts.client, job=facts.number)
         try:
             async with self._order[facts.run, facts.client]:  # a client's jobs go one after the other
+                if task.evaluates:
+                    self._say.put_nowait(pb.FromAgent(scores=await self._evaluate(task)))
+                    return
                 if task.entry is None:
                     task.entry = await self._train(task)
                 entry = task.entry
@@ -324,13 +332,24 @@ class Agent:
         )
 
     async def _train(self, task: _Task) -> Entry:
-        job = task.job
-        assert job is not None
-        recipe = await self._blob(job, job.recipe)
-        payload = await self._blob(job, job.payload)
+        job, recipe, payload = await self._fetched(task)
         return await asyncio.get_running_loop().run_in_executor(
             self._bench, self._workshop.do, job, recipe, payload, lambda steps: bool(task.halt)
         )
+
+    async def _evaluate(self, task: _Task) -> pb.Scores:
+        """If the answer is lost with its connection, the coordinator asks again."""
+        job, recipe, payload = await self._fetched(task)
+        made = await asyncio.get_running_loop().run_in_executor(
+            self._bench, self._workshop.evaluate, job, recipe, payload
+        )
+        return pb.Scores(lease=task.lease, examples=made.examples, loss=made.loss, accuracy=made.accuracy)
+
+    async def _fetched(self, task: _Task) -> tuple[pb.Job, bytes, bytes]:
+        """A job, its recipe and its model."""
+        job = task.job
+        assert job is not None
+        return job, await self._blob(job, job.recipe), await self._blob(job, job.payload)
 
     async def _blob(self, job: pb.Job, blob: pb.Blob) -> bytes:
         """A recipe or a model: fetched once, however many jobs name it, unless it came with the job."""

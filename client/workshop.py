@@ -1,4 +1,4 @@
-"""Where an agent trains: federations stay assembled, data and models stay loaded between jobs."""
+"""Where an agent works: federations stay assembled, data and models stay loaded between jobs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from hansa.core.data import FederatedData, Shards
 from hansa.core.errors import DivergedError, RunError
 from hansa.core.randomness import ALONE
 from hansa.core.recipe import Recipe, parse
-from hansa.core.trees import pick
+from hansa.core.trees import Tree, pick
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.tensors import pack, unpack
 from hansa.strategies.catalog import Federation, assemble
+from hansa.strategies.evaluate import Tally, tally
 from hansa.strategies.local import Data, Work, train
 
 _KEPT = 4  # assembled federations
 
 
 class Workshop:
-    """Trains jobs, one at a time.
+    """Trains and evaluates, one job at a time.
 
     Parameters
     ----------
@@ -54,17 +55,8 @@ class Workshop:
         HansaError
             When it cannot be done.
         """
-        with ALONE:
-            f = self._federation(job, recipe)
-            fresh = f.algorithm.private(f.task)
-        device = f.task.device
-        tree = unpack(payload, job.tensors)
-        private = self._outbox.private(job.run, job.client, fresh)
-        work = Work(
-            job.client,
-            Job(job.number, job.phase, {name: each.to(device) for name, each in tree.items()}),
-            {name: each.to(device) for name, each in private.items()},
-        )
+        f, tree, private = self._unpacked(job, recipe, payload)
+        work = Work(job.client, Job(job.number, job.phase, tree), private)
         began = time.perf_counter()
         made = train(Data(f, f.recipe.seed), work, halt=halt)
         seconds = time.perf_counter() - began
@@ -89,6 +81,28 @@ class Workshop:
         )
         self._outbox.put(result, update, made.private)
         return result
+
+    def evaluate(self, job: pb.Job, recipe: bytes, payload: bytes) -> Tally:
+        """How the model that the client makes of the payload does on its held-out data.
+
+        Raises
+        ------
+        Refused
+            When the owner's policy forbids it.
+        HansaError
+            When it cannot be done.
+        """
+        f, tree, private = self._unpacked(job, recipe, payload)
+        return tally(f, tree, private, job.client)
+
+    def _unpacked(self, job: pb.Job, recipe: bytes, payload: bytes) -> tuple[Federation, Tree, Tree]:
+        """The federation of a job, its payload, and what its client keeps."""
+        with ALONE:
+            f = self._federation(job, recipe)
+            fresh = f.algorithm.private(f.task)
+        trees = unpack(payload, job.tensors), self._outbox.private(job.run, job.client, fresh)
+        tree, private = ({name: each.to(f.task.device) for name, each in part.items()} for part in trees)
+        return f, tree, private
 
     def _federation(self, job: pb.Job, text: bytes) -> Federation:
         key = (job.recipe.digest, job.clients, job.client if self._own is not None else -1)

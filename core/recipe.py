@@ -113,6 +113,11 @@ class EvaluationConfig(_Section):
     clients: int | None = Field(
         default=None, ge=0, description="clients evaluated each time, drawn once; all by default"
     )
+    deadline: float = Field(
+        default=60.0,
+        gt=0,
+        description="seconds that agents have for an evaluation; a simulated one takes none",
+    )
 
 
 class EngineConfig(_Section):

@@ -24,9 +24,10 @@ from hansa.core.wire.federation_pb2_grpc import AgentsServicer
 from hansa.core.wire.tensors import Malformed, Packed, require_alike, size_limit, unpack, unpack_file
 from hansa.server.artefacts import Reception
 from hansa.server.crash import point
+from hansa.server.evaluation import PHASE
 from hansa.server.figures import FIGURES
+from hansa.server.jobs import Open
 from hansa.server.leases import Lease, read_lease
-from hansa.server.machine import Open
 from hansa.server.office import Office
 from hansa.server.past import Past
 from hansa.server.patience import Over
@@ -38,6 +39,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Code = grpc.StatusCode
 A = TypeVar("A")
 B = TypeVar("B")
+
+_EVALUATES = 2  # minor version of the protocol from which on agents evaluate
 
 _log = structlog.get_logger(__name__)
 
@@ -73,6 +76,7 @@ class Attendant:
 
     def __init__(self, who: Identity, hello: pb.Hello, roster: Roster) -> None:
         self.name, self.serial, self.hello, self._roster = who.name, who.serial, hello, roster
+        self.own = hello.own
         self.out: asyncio.Queue[pb.ToAgent | None] = asyncio.Queue()  # None: it ends
         self._holding = {bytes(each) for each in hello.holding}
 
@@ -85,8 +89,11 @@ class Attendant:
 
     def push(self, run: Run, job: Open) -> None:
         """Give it a job, unless it has it."""
-        lease = run.lease(job.client, job.number)
+        lease = run.lease(job)
         if lease in self._holding:
+            return
+        if job.phase == PHASE and self.hello.version.minor < _EVALUATES:
+            run.hear("scored", client=job.client, body=_unknown(job.number))
             return
         self._holding.add(lease)
         message = pb.Job(
@@ -102,22 +109,22 @@ class Attendant:
             keys=sorted(job.keys or ()),
             clients=run.federation.clients,
         )
-        self.out.put_nowait(pb.ToAgent(job=message))
+        self.out.put_nowait(pb.ToAgent(evaluation=message) if job.phase == PHASE else pb.ToAgent(job=message))
         self._roster.given(self.name, message)
         FIGURES.jobs.inc()
 
     def recall(self, run: Run, job: Open, partial: bool) -> None:
         """End a job of it."""
-        lease = run.lease(job.client, job.number)
+        lease = run.lease(job)
         if not partial:
             self._holding.discard(lease)
             self._roster.over(self.name, lease)
         self.out.put_nowait(pb.ToAgent(recall=pb.Recall(lease=lease, partial=partial)))
 
-    def drop(self, lease: bytes) -> None:
-        """It could not do that job."""
+    def drop(self, lease: bytes, *, failed: bool = True) -> None:
+        """It could not do that job, or has done it."""
         self._holding.discard(lease)
-        self._roster.over(self.name, lease, failed=True)
+        self._roster.over(self.name, lease, failed=failed)
 
 
 class Agents(AgentsServicer):
@@ -180,27 +187,68 @@ class Agents(AgentsServicer):
                     attendant.out.put_nowait(pb.ToAgent(pulse=pb.Pulse()))
                 case "failure":
                     self._fail(attendant, message.failure)
+                case "scores":
+                    self._score(attendant, message.scores)
                 case _:  # progress, and what later minor versions may say
                     pass
 
-    def _fail(self, attendant: Attendant, failure: pb.Failure) -> None:
-        claim = read_lease(failure.lease)
+    def _held(self, attendant: Attendant, lease: bytes) -> tuple[Run, Lease] | None:
+        """The run of a lease that this agent was given, if it goes on."""
+        claim = read_lease(lease)
         run = self._office.run(claim.run) if claim else None
-        if claim is None or not isinstance(run, Run) or not run.honours(failure.lease, claim):
+        if claim is None or not isinstance(run, Run) or not run.honours(lease, claim):
+            return None
+        return (run, claim) if run.holder(claim.client) == attendant.name else None
+
+    def _fail(self, attendant: Attendant, failure: pb.Failure) -> None:
+        found = self._held(attendant, failure.lease)
+        if found is None:
             return
-        if run.holder(claim.client) != attendant.name:
-            return
+        run, claim = found
         attendant.drop(failure.lease)
         again = failure.kind != pb.Failure.REFUSED
         reason = _printable(failure.reason)
         _log.warning(
             "a job failed", run=run.id, client=claim.client, agent=attendant.name, reason=reason, again=again
         )
+        if claim.what:
+            self._say(run, claim, _unknown(claim.number))
+            return
         run.hear(
             "failed",
             client=claim.client,
             body={"number": claim.number, "reason": reason, "again": again},
         )
+
+    def _score(self, attendant: Attendant, scores: pb.Scores) -> None:
+        found = self._held(attendant, scores.lease)
+        if found is None or not found[1].what:
+            return
+        run, claim = found
+        attendant.drop(scores.lease, failed=False)
+        right = scores.accuracy if scores.HasField("accuracy") else None
+        body = {
+            "round": claim.number,
+            "examples": scores.examples,
+            "loss": scores.loss,
+            "accuracy": right,
+        }
+        if (
+            scores.examples > self._limits.examples
+            or not math.isfinite(scores.loss)
+            or (right is not None and not 0 <= right <= scores.examples)
+        ):
+            self._office.roster.refused(attendant.name)
+            FIGURES.refused.labels(Code.INVALID_ARGUMENT.name).inc()
+            why = "scores that cannot be right"
+            _log.warning("refused", agent=attendant.name, why=why, run=run.id, **body)
+            body = _unknown(claim.number)
+        self._say(run, claim, body)
+
+    @staticmethod
+    def _say(run: Run, claim: Lease, body: dict[str, Any]) -> None:
+        if run.job(claim) is not None:
+            run.hear("scored", client=claim.client, body=body)
 
     # Downloads.
 
@@ -232,9 +280,7 @@ class Agents(AgentsServicer):
             await self._refuse(
                 context, Code.PERMISSION_DENIED, name, "this lease is another agent's", run=run.id
             )
-        if isinstance(run, Run) and run.active:
-            return run, run.machine.job(claim.client, claim.number), claim
-        return run, None, claim
+        return run, run.job(claim) if isinstance(run, Run) else None, claim
 
     # Uploads.
 
@@ -247,6 +293,8 @@ class Agents(AgentsServicer):
             await self._refuse(context, Code.FAILED_PRECONDITION, name, "a manifest comes first")
         manifest = first.manifest
         run, job, claim = await self._open_job(manifest.lease, name, context)
+        if claim.what:
+            await self._refuse(context, Code.FAILED_PRECONDITION, name, "this lease is of an evaluation")
         before = await _asked(run, run.accepted, claim)
         if before is not None:
             digest, counted = before
@@ -410,7 +458,7 @@ class Agents(AgentsServicer):
         """A job whose update can never be right has failed."""
         worker = run.workers.get(job.client)
         if isinstance(worker, Attendant):
-            worker.drop(run.lease(job.client, job.number))
+            worker.drop(run.lease(job))
         run.hear(
             "failed",
             client=job.client,
@@ -435,6 +483,11 @@ class _Damaged(Malformed):
 
     def __init__(self) -> None:
         super().__init__("the bytes are not those of the digest")
+
+
+def _unknown(version: int) -> dict[str, Any]:
+    """Of a client that cannot tell how a model does."""
+    return {"round": version, "examples": 0, "loss": 0.0, "accuracy": None}
 
 
 def _blob(packed: Packed) -> pb.Blob:

@@ -15,49 +15,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from hansa.core.algorithm import Job, Report
 from hansa.core.errors import InputError, RunError
 from hansa.core.hub import Fold, Hub, Order, Send
 from hansa.core.randomness import ALONE
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import ClientScores, Outcome, Participation, Round, Verdicts
-from hansa.core.trees import Tree, movement, nbytes
+from hansa.core.trees import Tree, movement, nbytes, pick
 from hansa.core.wire.federation_pb2 import TensorInfo
 from hansa.core.wire.tensors import Packed, describe, pack, unpack
+from hansa.server import evaluation, jobs
+from hansa.server.evaluation import Evaluation
 from hansa.server.events import Event
+from hansa.server.jobs import Open, infos, plain
 from hansa.strategies.catalog import Federation
+from hansa.strategies.evaluate import is_personal, panel
 
 _PATIENCE = 3  # jobs that a client may fail in a row before it is left alone until its agent is back
 
 Verdict = Literal["counted", "late"]
 Score = Callable[[Hub], tuple[dict[str, float], ClientScores | None]]
-
-
-@dataclass
-class Open:
-    """A job that was sent and is not yet folded, thrown away or lost.
-
-    Attributes
-    ----------
-    packed: what the client receives.
-    expected: tensors of the update that it shall send.
-    recalled: it was asked for what it has.
-    update: digest of the update, once it has arrived. data: its bytes, where they came with the event.
-    """
-
-    client: int
-    number: int
-    phase: str
-    keys: frozenset[str] | None
-    packed: Packed
-    expected: tuple[TensorInfo, ...]
-    sent: float
-    recalled: bool = False
-    update: str | None = None
-    data: bytes | None = None
-    examples: int = 0
-    steps: int = 0
-    loss: float | None = None
 
 
 @dataclass
@@ -82,11 +61,12 @@ class Machine:
     seq: number of the last event. now: its time.
     hub: the server.
     open: client -> job number -> job.
-    seats: client -> the agent that speaks for it.
+    seats: client -> the agent that speaks for it. own: clients whose agents hold data of their own.
     there: clients that the schedule believes to be there.
     alarms: token -> when.
     ended: why the run is over, if it is.
     late: (client, job number) of updates that came too late and were set aside.
+    evaluation: what clients are asked for, if they are.
     """
 
     def __init__(
@@ -106,16 +86,18 @@ class Machine:
         self.seq, self.now = 0, 0.0
         self.open: dict[int, dict[int, Open]] = {}
         self.seats: dict[int, str] = {}
+        self.own: set[int] = set()
+        self.evaluation: Evaluation | None = None
         self.there: set[int] = set()
         self.alarms: dict[int, float] = {}
         self.ended: str | None = None
-        self.metrics: dict[str, float] = {}
         self.late: set[tuple[int, int]] = set()
         self._schemas: dict[str, tuple[TensorInfo, ...]] = {}  # phase -> the whole update
         self._packed: dict[tuple[int, ...], tuple[Tree, Packed]] = {}  # payloads of this event, by identity
         self._participants: list[Participation] = []
         self._failures: dict[int, int] = {}  # client -> jobs that failed in a row
         self._up = self._down = 0
+        self._ending: str | None = None  # why it is over once the evaluation is
         self._effects = Effects()
 
     # Events.
@@ -124,6 +106,28 @@ class Machine:
         """A job that is open and has not arrived."""
         found = self.open.get(client, {}).get(number)
         return None if found is None or found.update is not None else found
+
+    def asked(self, client: int, version: int) -> Open | None:
+        """The evaluation of a model that a client was asked for and has not answered."""
+        e = self.evaluation
+        return e.job(client) if e is not None and e.version == version else None
+
+    def given(self, client: int) -> list[Open]:
+        """What a client has to do."""
+        e = self.evaluation
+        asked = e.job(client) if e is not None else None
+        trained = [job for job in list(self.open.get(client, {}).values()) if job.update is None]
+        return trained if asked is None else [*trained, asked]
+
+    @property
+    def busy(self) -> set[int]:
+        """Clients that have something to do, or updates that wait."""
+        return set(self.open) | (set() if self.evaluation is None else self.evaluation.waiting)
+
+    def wants(self, job: Open) -> bool:
+        """Whether a job is still to be done."""
+        find = self.asked if job.phase == evaluation.PHASE else self.job
+        return find(job.client, job.number) is not None
 
     def judge(self, event: Event) -> Verdict:
         """Whether an update is in time, before it is applied."""
@@ -146,6 +150,7 @@ class Machine:
         match event.kind:
             case "joined":
                 self.seats |= {int(each): agent for each, agent in body["seats"].items()}
+                self.own.update(body.get("own", ()))
                 clients = sorted(int(each) for each in body["seats"])
                 self.there.update(clients)
                 whole = range(len(clients))
@@ -153,6 +158,12 @@ class Machine:
             case "left":
                 assert client is not None
                 self._lose(client)
+                if self.evaluation is not None:
+                    self.evaluation.waiting.discard(client)
+            case "scored":
+                assert client is not None
+                if self.evaluation is not None:
+                    self.evaluation.take(client, body)
             case "failed":
                 assert client is not None
                 if self.job(client, body["number"]) is not None:
@@ -174,11 +185,16 @@ class Machine:
                     self._obey(self.hub.receive(client, examples=job.examples, steps=job.steps, now=now))
             case "tick":
                 self.alarms.pop(body["token"], None)
-                self._obey(self.hub.on(Tick(body["token"]), now))
+                if body["token"] >= 0:
+                    self._obey(self.hub.on(Tick(body["token"]), now))
+                elif self.evaluation is not None and body["token"] == self.evaluation.token:
+                    self._conclude()
             case "stopped" | "resumed":
                 pass
             case kind:
                 raise RunError(f"event {event.seq} is of an unknown kind {kind!r}; update hansa")
+        if self.evaluation is not None and not self.evaluation.waiting:
+            self._conclude()
 
     def _lose(self, client: int) -> None:
         self.there.discard(client)
@@ -208,7 +224,7 @@ class Machine:
                 case Fold(reports, phase):
                     self._step(reports, phase)
                 case Stop(reason):
-                    self.ended = reason
+                    self._stop(reason)
 
     def _send(self, client: int, job: Job) -> None:
         packed = self._pack(job.payload)
@@ -301,66 +317,147 @@ class Machine:
             )
         before = self.hub.state
         measured = self.hub.close()
-        made = self.hub.state.version > before.version
-        told = self._record(measured, movement(before.params, self.hub.model())) if made else Aggregated()
-        self._obey(self.hub.on(told, self.now))
+        if self.hub.state.version == before.version:  # a barrier between two phases
+            self._obey(self.hub.on(Aggregated(), self.now))
+            return
+        done = self._round(measured, movement(before.params, self.hub.model()))
+        score = None
+        if self._due(done.index):
+            if self._by_clients:
+                if self._ask(done):
+                    return
+            else:
+                evaluated, clients = self._score(self.hub)
+                metrics = {**done.metrics, **evaluated}
+                done = dataclasses.replace(done, metrics=metrics, clients=clients)
+                score = _headline(metrics)
+        self._tell(done)
+        self._obey(self.hub.on(Aggregated(score, done.metrics), self.now))
 
-    def _record(self, measured: dict[str, float], moved: dict[str, tuple[float, float]]) -> Aggregated:
-        """Evaluate if it is time, tell of the round, return what the schedule is told."""
-        f, version = self._f, self.hub.state.version
+    def _round(self, measured: dict[str, float], moved: dict[str, tuple[float, float]]) -> Round:
+        """The round that was made."""
         folded = [
-            p for p in self._participants if p.outcome == "folded" and p.phase == f.algorithm.phases[-1]
+            p for p in self._participants if p.outcome == "folded" and p.phase == self._f.algorithm.phases[-1]
         ]
         told = [(p.loss, p.examples) for p in folded if p.loss is not None]
         metrics = dict(measured)
         if told:
             metrics["train/loss"] = sum(loss * n for loss, n in told) / max(sum(n for _, n in told), 1)
-        score, clients = None, None
-        if version % f.recipe.evaluation.every == 0 or f.schedule.stop.reached(version, self.now, None):
-            evaluated, clients = self._score(self.hub)
-            metrics |= evaluated
-            self.metrics = metrics
-            score = metrics.get("accuracy", -metrics["loss"] if "loss" in metrics else None)
-        self._effects.rounds.append(
-            Round(
-                index=version,
-                time=self.now,
-                wall=self.now,
-                bytes_up=self._up,
-                bytes_down=self._down,
-                metrics=metrics,
-                participants=tuple(self._participants),
-                clients=clients,
-                verdicts=Verdicts.of(self.hub.judged),
-                movement=moved,
-            )
+        done = Round(
+            index=self.hub.state.version,
+            time=self.now,
+            wall=self.now,
+            bytes_up=self._up,
+            bytes_down=self._down,
+            metrics=metrics,
+            participants=tuple(self._participants),
+            verdicts=Verdicts.of(self.hub.judged),
+            movement=moved,
         )
         self._up = self._down = 0
         self._participants = []
-        return Aggregated(score, metrics)
+        return done
+
+    def _tell(self, done: Round) -> None:
+        """Rounds are told of in order."""
+        (self._effects.rounds if self.evaluation is None else self.evaluation.rounds).append(done)
+
+    # Evaluation.
+
+    @property
+    def _by_clients(self) -> bool:
+        return bool(self.own) or is_personal(self._f.task)
+
+    def _last(self, version: int) -> bool:
+        return self._f.schedule.stop.reached(version, self.now, None) is not None
+
+    def _due(self, version: int) -> bool:
+        if self._last(version):
+            return True
+        return version % self._f.recipe.evaluation.every == 0 and self.evaluation is None
+
+    def _ask(self, done: Round) -> bool:
+        """Have clients evaluate the model of a round; returns whether there are any."""
+        clients = self._panel()
+        if not clients:
+            return False
+        if self.evaluation is not None:  # the last model goes before
+            self._close_evaluation()
+        waits = self._f.schedule.synchronous
+        packed = self._pack(pick(self.hub.model(), self._f.task.shared))
+        self.evaluation = made = Evaluation(
+            packed=packed, asked=self.now, waits=waits, waiting=clients, rounds=[done]
+        )
+        self.alarms[made.token] = self.now + self._f.recipe.evaluation.deadline
+        self._effects.jobs += [job for client in sorted(clients) if (job := made.job(client))]
+        if not waits:
+            self._obey(self.hub.on(Aggregated(None, done.metrics), self.now))
+        return True
+
+    def _panel(self) -> set[int]:
+        """Who is asked: whoever is there, of those that the simulator would evaluate."""
+        f = self._f
+        able = np.flatnonzero(f.data.test_shards.sizes.numpy()) if not self.own else np.arange(f.clients)
+        chosen = panel(able, seed=f.recipe.seed, clients=f.recipe.evaluation.clients)
+        return self.there.intersection(chosen.tolist())
+
+    def _close_evaluation(self) -> Round:
+        """Tell of the rounds that waited; returns the one that was evaluated."""
+        e, self.evaluation = self.evaluation, None
+        assert e is not None
+        self._effects.recalls += [(job, False) for client in sorted(e.waiting) if (job := e.job(client))]
+        self.alarms.pop(e.token, None)
+        done = e.result(personal=is_personal(self._f.task))
+        self._effects.rounds += [done, *e.rounds[1:]]
+        return done
+
+    def _conclude(self) -> None:
+        """The evaluation is over, whoever has answered."""
+        waited = self.evaluation is not None and self.evaluation.waits
+        done, stop = self._close_evaluation(), self._f.schedule.stop
+        score = _headline(done.metrics)
+        if waited:
+            self._obey(self.hub.on(Aggregated(score, done.metrics), self.now))
+        elif self._ending is not None:
+            self.ended = self._ending
+        elif stop.target is not None and score is not None and score >= stop.target:
+            self.ended = stop.reached(done.index, done.time, score)
+
+    def _stop(self, reason: str) -> None:
+        if self.evaluation is None:
+            self.ended = reason
+            return
+        self._ending = reason  # whoever still trains does so for nothing
+        for job in [each for mine in self.open.values() for each in mine.values() if each.update is None]:
+            self._drop(job, "discarded")
+            self._effects.recalls.append((job, False))
 
     # Snapshots, between two events.
 
     def snapshot(self, keep: Callable[[Packed], object]) -> tuple[Tree, dict[str, Any]]:
         """Tensors and facts from which :meth:`restore` makes the same machine; payloads go to ``keep``."""
         tensors, facts = self.hub.snapshot()
-        jobs = [job for mine in self.open.values() for job in mine.values()]
-        for packed in {job.packed.digest: job.packed for job in jobs}.values():
+        open_ = [job for mine in self.open.values() for job in mine.values()]
+        e = self.evaluation
+        payloads = [job.packed for job in open_] + ([] if e is None else [e.packed])
+        for packed in {each.digest: each for each in payloads}.values():
             keep(packed)
         return tensors, {
             "hub": facts,
-            "jobs": [_frozen(job) for job in jobs],
-            "schemas": {phase: _plain(schema) for phase, schema in self._schemas.items()},
+            "jobs": [job.facts() for job in open_],
+            "schemas": {phase: plain(schema) for phase, schema in self._schemas.items()},
             "now": self.now,
             "seats": sorted(self.seats.items()),
+            "own": sorted(self.own),
             "there": sorted(self.there),
             "alarms": sorted(self.alarms.items()),
             "ended": self.ended,
-            "metrics": self.metrics,
             "participants": [dataclasses.asdict(each) for each in self._participants],
             "late": sorted(self.late),
             "bytes": [self._up, self._down],
             "failures": sorted(self._failures.items()),
+            "ending": self._ending,
+            "evaluation": None if e is None else e.facts(),
         }
 
     def restore(
@@ -369,36 +466,22 @@ class Machine:
         """Continue from a :meth:`snapshot` taken after event ``seq``; ``data`` gives payloads again."""
         device = self._f.task.device
         self.hub.restore({name: each.to(device) for name, each in tensors.items()}, facts["hub"])
-        self.seq, self.now, self.ended, self.metrics = seq, facts["now"], facts["ended"], facts["metrics"]
+        self.seq, self.now, self.ended = seq, facts["now"], facts["ended"]
         self.seats, self.alarms = dict(facts["seats"]), dict(facts["alarms"])
         self.there = set(facts["there"])
-        self._schemas = {phase: _infos(schema) for phase, schema in facts["schemas"].items()}
+        self._schemas = {phase: infos(schema) for phase, schema in facts["schemas"].items()}
         self._participants = [Participation(**each) for each in facts["participants"]]
         self._up, self._down = facts["bytes"]
         self._failures = dict(facts["failures"])
         self.late = {(client, number) for client, number in facts["late"]}
-        packed: dict[str, Packed] = {}
+        self.own, self._ending = set(facts.get("own", ())), facts.get("ending")
+        payloads = jobs.Payloads(data)
+        if (told := facts.get("evaluation")) is not None:
+            self.evaluation = evaluation.restored(told, payloads)
         for each in facts["jobs"]:
-            job = dict(each)
-            digest, tensors_of = job.pop("packed")
-            if digest not in packed:
-                packed[digest] = Packed(data(digest), digest, _infos(tensors_of))
-            keys = None if job["keys"] is None else frozenset(job["keys"])
-            job |= {"packed": packed[digest], "expected": _infos(job["expected"]), "keys": keys}
-            self.open.setdefault(job["client"], {})[job["number"]] = Open(**job)
+            job = jobs.restored(each, payloads)
+            self.open.setdefault(job.client, {})[job.number] = job
 
 
-def _frozen(job: Open) -> dict[str, Any]:
-    facts = {name: value for name, value in vars(job).items() if name != "data"}
-    facts["packed"] = [job.packed.digest, _plain(job.packed.tensors)]
-    facts["expected"] = _plain(job.expected)
-    facts["keys"] = None if job.keys is None else sorted(job.keys)
-    return facts
-
-
-def _plain(tensors: Sequence[TensorInfo]) -> list[list[Any]]:
-    return [[each.name, each.dtype, list(each.shape)] for each in tensors]
-
-
-def _infos(plain: Sequence[Sequence[Any]]) -> tuple[TensorInfo, ...]:
-    return tuple(TensorInfo(name=name, dtype=dtype, shape=shape) for name, dtype, shape in plain)
+def _headline(metrics: Mapping[str, float]) -> float | None:
+    return metrics.get("accuracy", -metrics["loss"] if "loss" in metrics else None)

@@ -33,10 +33,12 @@ from hansa.core.wire.federation_pb2 import TensorInfo
 from hansa.core.wire.tensors import Packed, pack, unpack, unpack_file
 from hansa.server.artefacts import Artefacts
 from hansa.server.crash import point
+from hansa.server.evaluation import PHASE
 from hansa.server.events import Event, EventLog, RunRow, Snapshot
 from hansa.server.figures import FIGURES
+from hansa.server.jobs import Open
 from hansa.server.leases import Lease
-from hansa.server.machine import Effects, Machine, Open, Verdict
+from hansa.server.machine import Effects, Machine, Verdict
 from hansa.server.patience import Over
 from hansa.strategies.catalog import Federation
 from hansa.strategies.evaluate import Evaluator
@@ -45,9 +47,10 @@ T = TypeVar("T")
 
 
 class Worker(Protocol):
-    """An agent that is connected."""
+    """An agent that is connected; ``own`` is whether it holds data of its own."""
 
     name: str
+    own: bool
 
     def push(self, run: Run, job: Open) -> None:
         """Give it a job, unless it has it."""
@@ -162,11 +165,11 @@ class Run:
     @property
     def open(self) -> int:
         """Jobs that are out: given to a client, and not yet back."""
-        return sum(job.update is None for job in self._jobs())
+        return len(self._jobs())
 
     def _jobs(self) -> list[Open]:
         """A copy: a thread may be moving the machine."""
-        return [job for mine in list(self.machine.open.values()) for job in list(mine.values())]
+        return [job for client in list(self.machine.busy) for job in self.machine.given(client)]
 
     async def newest(self) -> Packed:
         """The model as it is between two events."""
@@ -185,9 +188,17 @@ class Run:
 
     # Leases.
 
-    def lease(self, client: int, number: int) -> bytes:
+    def lease(self, job: Open) -> bytes:
         """The lease of a job."""
-        return Lease(self.id, client, number).signed(self._secret)
+        what: Literal["", "evaluate"] = "evaluate" if job.phase == PHASE else ""
+        return Lease(self.id, job.client, job.number, what).signed(self._secret)
+
+    def job(self, claim: Lease) -> Open | None:
+        """The job of a lease, if it is still to be done."""
+        if not self.active:
+            return None
+        find = self.machine.asked if claim.what else self.machine.job
+        return find(claim.client, claim.number)
 
     def honours(self, lease: bytes, claim: Lease) -> bool:
         """Whether this run gave that lease."""
@@ -308,7 +319,7 @@ class Run:
                 worker.recall(self, job, partial)
         for job in effects.jobs:
             worker = self.workers.get(job.client)
-            if worker is not None and self.job(job) is not None:
+            if worker is not None and self.machine.wants(job):
                 worker.push(self, job)
         for done in effects.rounds:
             await self._insist(functools.partial(self._keep, done), "recording a round")
@@ -321,12 +332,10 @@ class Run:
         for watcher in self.watchers:
             watcher.set()
 
-    def job(self, job: Open) -> Open | None:
-        """The job, if it is still open and has not arrived."""
-        return self.machine.job(job.client, job.number)
-
     def _set_alarms(self) -> None:
         loop = asyncio.get_running_loop()
+        for token in self._timers.keys() - self.machine.alarms.keys():
+            self._timers.pop(token).cancel()
         for token, at in self.machine.alarms.items():
             if token not in self._timers:
                 self._timers[token] = loop.call_later(max(at - self.now, 0.0), self._ring, token)
@@ -348,8 +357,6 @@ class Run:
             raise RunError(f"update {digest}: it cannot be read any more ({error})") from error
 
     def _score(self, hub: Hub) -> tuple[dict[str, float], ClientScores | None]:
-        if self._evaluator.personal:
-            return {}, None  # what clients keep to themselves is not here
         return self._evaluator(hub, {})
 
     def _keep(self, done: Round) -> None:
@@ -432,7 +439,7 @@ class Run:
     def _recall_all(self) -> None:
         for job in self._jobs():
             worker = self.workers.get(job.client)
-            if worker is not None and job.update is None:
+            if worker is not None:
                 worker.recall(self, job, False)
 
     async def resume(self) -> None:
@@ -450,9 +457,8 @@ class Run:
             self._clock = time.monotonic() - self.machine.now  # the clock stood
             await self.tell("resumed")
             for client, worker in self.workers.items():
-                for job in list(self.machine.open.get(client, {}).values()):
-                    if job.update is None:
-                        worker.push(self, job)
+                for job in self.machine.given(client):
+                    worker.push(self, job)
 
     async def _fail(self, error: BaseException) -> None:
         try:
@@ -489,11 +495,10 @@ class Run:
             if client not in self.machine.there:
                 fresh.append(client)
                 continue
-            for job in list(self.machine.open.get(client, {}).values()):
-                if job.update is None:
-                    worker.push(self, job)
-                    if job.recalled:
-                        worker.recall(self, job, True)
+            for job in self.machine.given(client):
+                worker.push(self, job)
+                if job.recalled:
+                    worker.recall(self, job, True)
         if self.machine.seats:
             self._join(fresh)
         elif len(self.workers) >= (self.wait_for or self.federation.clients):
@@ -501,8 +506,10 @@ class Run:
 
     def _join(self, clients: Sequence[int]) -> None:
         if clients:
-            seats = {str(client): self.workers[client].name for client in sorted(clients)}
-            self.hear("joined", body={"seats": seats})
+            workers = {client: self.workers[client] for client in sorted(clients)}
+            seats = {str(client): each.name for client, each in workers.items()}
+            own = [client for client, each in workers.items() if each.own]
+            self.hear("joined", body={"seats": seats, **({"own": own} if own else {})})
 
     def depart(self, worker: Worker) -> list[int]:
         """Its stream ended; returns its clients, which may come back."""

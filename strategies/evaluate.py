@@ -3,11 +3,15 @@
 Where clients share one model, it is evaluated once and the scores are dealt out; where they keep parts of it,
 each client's own model meets its own held-out data; a peer of a gossip network, which wants a model for
 everybody, meets all of it.
+
+Where only the clients can tell, for they keep parts of the model or hold data of their own, each makes a
+:class:`Tally` and :func:`reckon` puts them together: the same figures, from sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +22,7 @@ from torch import Tensor
 from hansa.core.hub import Hub, PeerHub
 from hansa.core.randomness import generator
 from hansa.core.store import ClientScores
+from hansa.core.task import Task
 from hansa.core.trees import Tree, pick
 from hansa.strategies.catalog import Federation
 
@@ -44,11 +49,8 @@ class Evaluator:
     def __init__(self, federation: Federation, *, seed: int, clients: int | None) -> None:
         self._f = federation
         able = torch.nonzero(federation.data.test_shards.sizes > 0).flatten().numpy()
-        if clients is not None and clients < len(able):
-            able = np.sort(generator(seed, "evaluate").permutation(able)[:clients])
-        self._clients: NDArray[np.int64] = able
-        task = federation.task
-        self.personal = any(task.initial[name].is_floating_point() for name in task.local_names)
+        self._clients = panel(able, seed=seed, clients=clients)
+        self.personal = is_personal(federation.task)
 
     def __call__(self, hub: Hub, private: Kept) -> tuple[dict[str, float], ClientScores | None]:
         """(metrics, per-client scores). ``accuracy``, or ``loss`` where there is none, is the headline."""
@@ -56,7 +58,7 @@ class Evaluator:
         scores: ClientScores | None = None
         everything = torch.arange(len(self._f.data.test))
         if not self.personal:
-            shared = self._scores(pick(hub.model(), self._f.task.shared), everything)
+            shared = _scores(self._f, pick(hub.model(), self._f.task.shared), everything)
             metrics |= {f"global/{name}": float(values.mean()) for name, values in shared.items()}
             if not isinstance(hub, PeerHub):
                 scores = self._deal_out(shared)
@@ -97,7 +99,8 @@ class Evaluator:
         examples: list[int] = []
         for client in self._clients.tolist():
             indices = self._f.data.test_shards.of(client) if on is None else on
-            values = self._scores(self._own_model(hub, private, client), indices)
+            own = self._f.algorithm.personal(self._f.task, hub.params_for(client), private[client])
+            values = _scores(self._f, own, indices)
             rows.append({name: float(each.mean()) for name, each in values.items()})
             examples.append(len(indices))
         return ClientScores(
@@ -107,14 +110,65 @@ class Evaluator:
             loss=np.array([row["loss"] for row in rows]),
         )
 
-    def _own_model(self, hub: Hub, private: Kept, client: int) -> Tree:
-        return self._f.algorithm.personal(self._f.task, hub.params_for(client), private[client])
 
-    @torch.no_grad()
-    def _scores(self, params: Tree, indices: Tensor) -> dict[str, Tensor]:
-        test, task = self._f.data.test, self._f.task
-        parts = [task.scores(params, test.x[some], test.y[some]) for some in torch.split(indices, _BATCH)]
-        return {name: torch.cat([part[name] for part in parts]).double().cpu() for name in parts[0]}
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What one client says of a model: sums over its held-out examples.
+
+    ``accuracy`` counts those that were right, where there is a right and a wrong.
+    """
+
+    examples: int
+    loss: float = 0.0
+    accuracy: float | None = None
+
+
+def tally(federation: Federation, shared: Tree, private: Tree, client: int) -> Tally:
+    """The model that ``client`` makes of the shared tensors and its own, on its own held-out data."""
+    indices = federation.data.test_shards.of(client)
+    if not len(indices):
+        return Tally(examples=0)
+    values = _scores(federation, federation.algorithm.personal(federation.task, shared, private), indices)
+    sums = {name: float(each.sum()) for name, each in values.items()}
+    return Tally(examples=len(indices), loss=sums["loss"], accuracy=sums.get("accuracy"))
+
+
+def reckon(tallies: Mapping[int, Tally], *, personal: bool) -> tuple[dict[str, float], ClientScores | None]:
+    """(metrics, per-client scores) as an :class:`Evaluator` gives them, of the clients that had examples."""
+    told = {client: each for client, each in sorted(tallies.items()) if each.examples}
+    if not told:
+        return {}, None
+    examples = np.array([each.examples for each in told.values()])
+    right = [np.nan if each.accuracy is None else each.accuracy for each in told.values()]
+    scores = ClientScores(
+        client=np.array(list(told)),
+        examples=examples,
+        accuracy=np.array(right) / examples,
+        loss=np.array([each.loss for each in told.values()]) / examples,
+    )
+    metrics = _spread(scores, headline=True)
+    if not personal:
+        metrics |= {f"global/{name}": metrics[name] for name in ("accuracy", "loss") if name in metrics}
+    return metrics, scores
+
+
+def is_personal(task: Task) -> bool:
+    """Whether clients keep parts of the model to themselves."""
+    return any(task.initial[name].is_floating_point() for name in task.local_names)
+
+
+def panel(able: NDArray[np.int64], *, seed: int, clients: int | None) -> NDArray[np.int64]:
+    """Who is evaluated, of those who are ``able``: all, or so many, drawn once."""
+    if clients is None or clients >= len(able):
+        return able
+    return np.sort(generator(seed, "evaluate").permutation(able)[:clients])
+
+
+@torch.no_grad()
+def _scores(federation: Federation, params: Tree, indices: Tensor) -> dict[str, Tensor]:
+    test, task = federation.data.test, federation.task
+    parts = [task.scores(params, test.x[some], test.y[some]) for some in torch.split(indices, _BATCH)]
+    return {name: torch.cat([part[name] for part in parts]).double().cpu() for name in parts[0]}
 
 
 def _spread(scores: ClientScores | None, *, headline: bool) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hansa.core.wire.federation_pb2 import Version
 
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 1, 2
 PIECE = 1 << 20
 """Bytes of a piece."""
 INLINE = 32 << 10

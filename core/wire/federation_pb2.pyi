@@ -16,19 +16,21 @@ class Version(_message.Message):
     def __init__(self, major: _Optional[int] = ..., minor: _Optional[int] = ...) -> None: ...
 
 class FromAgent(_message.Message):
-    __slots__ = ("hello", "heartbeat", "progress", "failure")
+    __slots__ = ("hello", "heartbeat", "progress", "failure", "scores")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     heartbeat: Heartbeat
     progress: Progress
     failure: Failure
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    scores: Scores
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., scores: _Optional[_Union[Scores, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "seats", "device", "memory", "hansa", "torch", "holding")
+    __slots__ = ("version", "seats", "device", "memory", "hansa", "torch", "holding", "own")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SEATS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +38,7 @@ class Hello(_message.Message):
     HANSA_FIELD_NUMBER: _ClassVar[int]
     TORCH_FIELD_NUMBER: _ClassVar[int]
     HOLDING_FIELD_NUMBER: _ClassVar[int]
+    OWN_FIELD_NUMBER: _ClassVar[int]
     version: Version
     seats: Seats
     device: str
@@ -43,7 +46,8 @@ class Hello(_message.Message):
     hansa: str
     torch: str
     holding: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., seats: _Optional[_Union[Seats, _Mapping]] = ..., device: _Optional[str] = ..., memory: _Optional[int] = ..., hansa: _Optional[str] = ..., torch: _Optional[str] = ..., holding: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    own: bool
+    def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., seats: _Optional[_Union[Seats, _Mapping]] = ..., device: _Optional[str] = ..., memory: _Optional[int] = ..., hansa: _Optional[str] = ..., torch: _Optional[str] = ..., holding: _Optional[_Iterable[bytes]] = ..., own: _Optional[bool] = ...) -> None: ...
 
 class Seats(_message.Message):
     __slots__ = ("clients", "share", "of")
@@ -89,19 +93,33 @@ class Failure(_message.Message):
     reason: str
     def __init__(self, lease: _Optional[bytes] = ..., kind: _Optional[_Union[Failure.Kind, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class Scores(_message.Message):
+    __slots__ = ("lease", "examples", "loss", "accuracy")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    lease: bytes
+    examples: int
+    loss: float
+    accuracy: float
+    def __init__(self, lease: _Optional[bytes] = ..., examples: _Optional[int] = ..., loss: _Optional[float] = ..., accuracy: _Optional[float] = ...) -> None: ...
+
 class ToAgent(_message.Message):
-    __slots__ = ("welcome", "job", "recall", "pulse", "drain")
+    __slots__ = ("welcome", "job", "recall", "pulse", "drain", "evaluation")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     RECALL_FIELD_NUMBER: _ClassVar[int]
     PULSE_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     job: Job
     recall: Recall
     pulse: Pulse
     drain: Drain
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., job: _Optional[_Union[Job, _Mapping]] = ..., recall: _Optional[_Union[Recall, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
+    evaluation: Job
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., job: _Optional[_Union[Job, _Mapping]] = ..., recall: _Optional[_Union[Recall, _Mapping]] = ..., pulse: _Optional[_Union[Pulse, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., evaluation: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("version", "heartbeat", "name")
