@@ -16,7 +16,8 @@ from hansa.core.store import Round
 from hansa.core.trees import Tree
 from hansa.core.wire.tensors import pack, unpack
 from hansa.server.events import Event
-from hansa.server.machine import Machine, Open
+from hansa.server.jobs import Open
+from hansa.server.machine import Machine
 from hansa.strategies.catalog import Federation
 from hansa.strategies.local import Data, Work, train
 
