@@ -19,7 +19,20 @@ from torch import Tensor
 
 from hansa.core.algorithm import Algorithm, Job, Report, State
 from hansa.core.reducer import Collect, Judgement, Mean
-from hansa.core.schedule import Aggregate, Dispatch, Event, Left, Recall, Returned, Schedule, Stop, Wake
+from hansa.core.schedule import (
+    Aggregate,
+    Arrivals,
+    Command,
+    Dispatch,
+    Event,
+    Left,
+    Recall,
+    Returned,
+    Schedule,
+    Stop,
+    Swift,
+    Wake,
+)
 from hansa.core.sums import joined
 from hansa.core.task import Task
 from hansa.core.trees import Tree, concatenate, pick, put_under, row, squared_norm, take_under
@@ -72,7 +85,9 @@ class Hub:
     ) -> None:
         self.task, self.algorithm, self.schedule = task, algorithm, schedule
         self.state = self._first_state(clients)
-        self._progress = schedule.start(seed)
+        self._entered: Any = schedule.start(seed)  # progress, but for the arrivals since
+        self._arrivals: Arrivals | None = None
+        self._swift = schedule if isinstance(schedule, Swift) else None
         self._jobs: dict[int, int] = {}  # client -> jobs sent
         self._flights: dict[int, Flight] = {}
         self._reports: dict[int, list[Report]] = {}  # arrived, not folded
@@ -89,12 +104,12 @@ class Hub:
 
     def on(self, event: Event, now: float) -> list[Order]:
         """Take an event, give orders."""
-        self._progress, commands = self.schedule.on(self._progress, event, now)
         orders: list[Order] = []
-        for command in commands:
+        for command in self._commands(event, now):
             match command:
                 case Dispatch(client, phase):
-                    orders.append(Send(client, self._issue(client, self.algorithm.phases[phase], now)))
+                    job = self._issue(client, self.algorithm.phases[phase], now)
+                    orders.append(made(Send, client=client, job=job))
                 case Recall(client, partial):
                     if not partial:
                         self._flights.pop(client, None)
@@ -109,6 +124,20 @@ class Hub:
                 case _:
                     orders.append(command)
         return orders
+
+    @property
+    def _progress(self) -> Any:
+        if self._arrivals is not None:
+            self._entered, self._arrivals = self._arrivals.progress(), None
+        return self._entered
+
+    def _commands(self, event: Event, now: float) -> Sequence[Command]:
+        if self._swift is not None and isinstance(event, Returned):
+            if self._arrivals is None:
+                self._arrivals = self._swift.arrivals(self._entered)
+            return self._arrivals.returned(event.client, now)
+        self._entered, commands = self.schedule.on(self._progress, event, now)
+        return commands
 
     def lost(self, client: int, now: float) -> list[Order]:
         """A client went away: its open dispatch ends; an update that has arrived stays."""
@@ -160,7 +189,7 @@ class Hub:
         self._jobs[client] = number + 1
         self._flights[client] = Flight(number, phase, self.state.version, now)
         payload, keys = self._payload(client, phase)
-        return Job(number, phase, payload, keys)
+        return made(Job, number=number, phase=phase, payload=payload, keys=keys)
 
     def _payload(self, client: int, phase: str) -> tuple[Tree, frozenset[str] | None]:
         return self.algorithm.issue(self.task, self.state, client, phase)
@@ -293,7 +322,7 @@ class Hub:
             slots={slot: self._ordered(take_under(f"slots/{slot}", tensors)) for slot in facts["slots"]},
             version=facts["version"],
         )
-        self._progress = TypeAdapter(type(self._progress)).validate_python(facts["progress"])
+        self._entered = TypeAdapter(type(self._progress)).validate_python(facts["progress"])
         self._jobs = dict(facts["jobs"])
         if self._ledger is not None:
             self._ledger.restore(facts["ledger"])

@@ -10,9 +10,9 @@ or one :class:`Recall` that discards.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from hansa.core.errors import InputError
 from hansa.core.randomness import generator, hashed
@@ -172,14 +172,16 @@ class Members(Set[int]):
     def union(self, clients: Iterable[int]) -> Members:
         """With these, too."""
         new = frozenset(clients)
-        return self._settled(self.plus | (new - self.base), self.minus - new)
+        return self.changed(self.plus | (new - self.base), self.minus - new)
 
     def difference(self, clients: Iterable[int]) -> Members:
         """Without these."""
         gone = frozenset(clients)
-        return self._settled(self.plus - gone, self.minus | (gone & self.base))
+        return self.changed(self.plus - gone, self.minus | (gone & self.base))
 
-    def _settled(self, plus: frozenset[int], minus: frozenset[int]) -> Members:
+    def changed(self, plus: Set[int], minus: Set[int]) -> Members:
+        """The same base with other changes; they become a base of their own when they are many."""
+        plus, minus = frozenset(plus), frozenset(minus)
         if (changes := len(plus) + len(minus)) <= _CHANGES or changes**2 <= len(self.base):
             return made(Members, base=self.base, plus=plus, minus=minus)
         return Members((self.base - minus) | plus)
@@ -234,10 +236,7 @@ class Roster:
         if not count:
             return ()
         if count == 1 and idle * _TRIES >= self.population:
-            for attempt in itertools.count():
-                client = hashed(seed, purpose, number, attempt) % self.population
-                if client not in self.busy and client not in self.away:
-                    return (client,)
+            return (_met(self.population, self.busy, self.away, seed, purpose, number),)
         rng = generator(seed, purpose, number)
         if (count + self.population - idle) * 2 >= self.population:  # few are left: list them
             free = self._free()
@@ -259,6 +258,53 @@ class Roster:
 
 
 _TRIES = 16  # draws of a client that it may take, on average, to meet an idle one
+
+
+def _met(
+    population: int, busy: Container[int], away: Container[int], seed: int, purpose: str, number: int
+) -> int:
+    for attempt in itertools.count():
+        client = hashed(seed, purpose, number, attempt) % population
+        if client not in busy and client not in away:
+            return client
+    raise AssertionError
+
+
+class Slots:
+    """A roster in which one client ends a job and another begins one, time and again, changed in place.
+
+    Attributes
+    ----------
+    taken: how many are at work.
+    free: whether enough are idle for a few hashed draws to find one, as :meth:`Roster.draw` would.
+    """
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster, busy = roster, roster.busy
+        self._base, self._plus, self._minus = busy.base, set(busy.plus), set(busy.minus)
+        self.taken = len(busy)
+        self.free = (roster.idle + 1) * _TRIES >= roster.population
+
+    def __contains__(self, client: object) -> bool:
+        """Whether a client is at work."""
+        return client in self._plus or (client in self._base and client not in self._minus)
+
+    def turn(self, ended: int, seed: int, purpose: str, number: int) -> int:
+        """End a client's job; who is drawn to begin one."""
+        if ended in self._base:
+            self._minus.add(ended)
+        else:
+            self._plus.discard(ended)
+        client = _met(self._roster.population, self, self._roster.away, seed, purpose, number)
+        if client in self._base:
+            self._minus.discard(client)
+        else:
+            self._plus.add(client)
+        return client
+
+    def roster(self) -> Roster:
+        """The roster as it is now."""
+        return replace(self._roster, busy=self._roster.busy.changed(self._plus, self._minus))
 
 
 class Schedule(Protocol):
@@ -298,6 +344,27 @@ class Schedule(Protocol):
         ...
 
 
+class Arrivals(Protocol):
+    """Progress on which arrivals are entered in place, one after the other."""
+
+    def returned(self, client: int, now: float) -> tuple[Command, ...]:
+        """The commands that :meth:`Schedule.on` gives for ``Returned(client)``."""
+        ...
+
+    def progress(self) -> Any:
+        """The progress that it gives."""
+        ...
+
+
+@runtime_checkable
+class Swift(Protocol):
+    """A schedule that can do without a new progress for every arrival, of which there are most."""
+
+    def arrivals(self, progress: Any, /) -> Arrivals:
+        """Arrivals from here on."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """What every schedule remembers.
@@ -329,6 +396,7 @@ def require(condition: bool, name: str, value: object, problem: str, remedy: str
 __all__ = [
     "Aggregate",
     "Aggregated",
+    "Arrivals",
     "Command",
     "Dispatch",
     "Event",
@@ -340,8 +408,10 @@ __all__ = [
     "Returned",
     "Roster",
     "Schedule",
+    "Slots",
     "Stop",
     "Stopping",
+    "Swift",
     "Tick",
     "Wake",
     "require",

@@ -9,17 +9,18 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 _Value = TypeVar("_Value")
+_new, _set = object.__new__, object.__setattr__
 
 
 def made(kind: type[_Value], **fields: Any) -> _Value:
     """A value of a frozen dataclass."""
-    value = object.__new__(kind)
-    value.__dict__.update(fields)
+    value = _new(kind)
+    _set(value, "__dict__", fields)
     return value
 
 
 def replace(value: _Value, **changes: Any) -> _Value:
     """As :func:`dataclasses.replace` makes it."""
-    made = object.__new__(type(value))
-    made.__dict__.update(value.__dict__, **changes)
-    return made
+    copy = _new(type(value))
+    _set(copy, "__dict__", {**value.__dict__, **changes})
+    return copy

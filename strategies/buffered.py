@@ -20,11 +20,12 @@ from hansa.core.schedule import (
     Progress,
     Returned,
     Roster,
+    Slots,
     Stop,
     Stopping,
     require,
 )
-from hansa.core.values import replace
+from hansa.core.values import made, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,10 @@ class Buffered:
             case _:
                 return p, ()
 
+    def arrivals(self, p: BufferedProgress) -> _Arrivals:
+        """Arrivals from here on."""
+        return _Arrivals(self, p)
+
     def _go_on(
         self, p: BufferedProgress, roster: Roster, returned: tuple[int, ...]
     ) -> tuple[BufferedProgress, tuple[Command, ...]]:
@@ -119,3 +124,32 @@ class Buffered:
             roster = roster.dispatched(*chosen)
         p = replace(p, roster=roster, returned=returned, sent=p.sent + len(chosen))
         return p, tuple(Dispatch(client) for client in chosen)
+
+
+class _Arrivals:
+    """Slots that are refilled in place, as long as one is free at a time and the buffer is not full."""
+
+    def __init__(self, schedule: Buffered, p: BufferedProgress) -> None:
+        self._schedule = schedule
+        self._enter(p)
+
+    def _enter(self, p: BufferedProgress) -> None:
+        self._p, self._slots, self._returned, self._sent = p, Slots(p.roster), list(p.returned), p.sent
+        steady = self._slots.taken == self._schedule.concurrency and self._slots.free
+        self._turns = (
+            0 if p.aggregating or p.stopped or not steady else self._schedule.k - len(p.returned) - 1
+        )
+
+    def returned(self, client: int, now: float) -> tuple[Command, ...]:
+        if self._turns <= 0 or client not in self._slots:
+            p, commands = self._schedule.on(self.progress(), Returned(client), now)
+            self._enter(p)
+            return commands
+        self._turns -= 1
+        chosen = self._slots.turn(client, self._p.seed, "slot", self._sent)
+        self._returned.append(client)
+        self._sent += 1
+        return (made(Dispatch, client=chosen, phase=0),)
+
+    def progress(self) -> BufferedProgress:
+        return replace(self._p, roster=self._slots.roster(), returned=tuple(self._returned), sent=self._sent)

@@ -20,6 +20,7 @@ from hansa.core.errors import InputError
 from hansa.core.schedule import (
     Aggregate,
     Aggregated,
+    Arrivals,
     Command,
     Dispatch,
     Event,
@@ -31,6 +32,7 @@ from hansa.core.schedule import (
     Schedule,
     Stop,
     Stopping,
+    Swift,
     Tick,
     Wake,
 )
@@ -71,6 +73,7 @@ class Engine:
     steps: int = 0
     stopped: str | None = None
     progress: Any = None
+    arrivals: Arrivals | None = None
     commands: tuple[Command, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,6 +94,14 @@ class Engine:
         assert again == (progress, commands)  # the same from a copy that went to disk and back
         assert repr(self.progress) == before
         assert self.stopped is None or not commands
+        if isinstance(event, Returned) and isinstance(
+            self.schedule, Swift
+        ):  # entered in place, they say the same
+            self.arrivals = self.arrivals or self.schedule.arrivals(self.progress)
+            assert self.arrivals.returned(event.client, self.now) == commands
+            assert self.arrivals.progress() == progress
+        else:
+            self.arrivals = None
         self.progress, self.commands = progress, commands
         for command in commands:
             self.obey(command)
