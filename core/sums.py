@@ -98,20 +98,21 @@ class Sums:
         How a block is summed is the caller's matter; it must not depend on what else is computed.
         """
         assert self.open is None, "the block before still lacks rows"
-        nodes, part, count, each = list(self.nodes), None, self.rows, weights.tolist()
-        starts = range(0, len(each), BLOCK)
-        blocks = (
-            zip(*(tensor.unbind() for tensor in sums.values()), strict=True) if sums else ((),) * len(starts)
-        )
-        for start, block in zip(starts, blocks, strict=True):
+        nodes, part, each = list(self.nodes), None, weights.tolist()
+        masses = []
+        for start in range(0, len(each), BLOCK):
             mass = 0.0
             for weight in each[start : start + BLOCK]:  # one after the other, as in add
                 mass += weight
-            part = Part(dict(zip(sums, block, strict=True)), dict.fromkeys(sums, mass))
-            if len(each) - start >= BLOCK:
-                _push(nodes, Node((count + start) // BLOCK, 0, part))
-                part = None
-        return Sums(count + len(each), tuple(nodes), part)
+            masses.append(mass)
+        whole = len(each) // BLOCK
+        for node in _subtrees(self.rows // BLOCK, {n: t[:whole] for n, t in sums.items()}, masses[:whole]):
+            _push(nodes, node)
+        if whole < len(masses):
+            part = Part(
+                {name: tensor[whole] for name, tensor in sums.items()}, dict.fromkeys(sums, masses[-1])
+            )
+        return Sums(self.rows + len(each), tuple(nodes), part)
 
     def skip(self, rows: int) -> Sums:
         """Leave the next rows, whole blocks of them, to other workers."""
@@ -154,6 +155,31 @@ def _push(nodes: list[Node], node: Node) -> None:
         left.part.add(node.part.sums, node.part.masses)
         node = Node(left.first, left.level + 1, left.part)
     nodes.append(node)
+
+
+def _subtrees(first: int, sums: Tree, masses: list[float]) -> list[Node]:
+    """The largest subtrees over the blocks [g, ...] from ``first`` on, from left to right.
+
+    All pairs of a level are added up at once, in place.
+    """
+    left, right, level = [], [], 0
+
+    def node(at: int) -> Node:
+        part = Part({name: each[at] for name, each in sums.items()}, dict.fromkeys(sums, masses[at]))
+        return Node((first + at) << level, level, part)
+
+    while masses:
+        if first % 2:  # its sibling stands to the left of these
+            left.append(node(0))
+            sums, masses, first = {name: each[1:] for name, each in sums.items()}, masses[1:], first + 1
+        if len(masses) % 2:
+            right.append(node(len(masses) - 1))
+            sums, masses = {name: each[:-1] for name, each in sums.items()}, masses[:-1]
+        if masses:
+            sums = {name: each[::2].add_(each[1::2]) for name, each in sums.items()}
+            masses = [a + b for a, b in zip(masses[::2], masses[1::2], strict=True)]
+        first, level = first // 2, level + 1
+    return [*left, *reversed(right)]
 
 
 def _aligned(weights: Tensor, rows: Tensor) -> Tensor:

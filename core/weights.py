@@ -132,8 +132,9 @@ class Weights:
             return sum(self.of(each) for each in reports)
         if self.staleness == "constant" and self.max_staleness is None:
             return 1.0
-        whole = dataclasses.replace(self, staleness="constant", max_staleness=None)
-        return sum(self.of(each) for each in reports) / sum(whole.of(each) for each in reports)
+        whole = [each.examples if self.target == "examples" else 1.0 for each in reports]
+        fresh = (self.discount(each.staleness) * n for each, n in zip(reports, whole, strict=True))
+        return sum(fresh) / sum(whole)
 
 
 class Ledger:

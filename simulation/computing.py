@@ -11,7 +11,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from hansa.core.algorithm import Job, Report
 from hansa.core.errors import DivergedError, InputError
 from hansa.core.hub import Hub
 from hansa.core.sums import BLOCK
-from hansa.core.trees import Tree, concatenate, put_under, stack, take_under
+from hansa.core.trees import Tree, concatenate, put_under, row, stack, take_under
+from hansa.core.values import made
 from hansa.simulation.bank import Bank
 from hansa.simulation.cohort import Results, Stacked, Trainer, Work
 from hansa.simulation.stopwatch import Stopwatch
@@ -29,6 +30,13 @@ from hansa.simulation.workers import Part, Workers
 from hansa.strategies.catalog import Federation
 
 Forge = Callable[[Sequence["Open"], Tree], Tree]
+
+
+class Rows(NamedTuple):
+    """One update among those that were computed with it: a row of [k, ...]."""
+
+    stacked: Tree
+    at: int
 
 
 @dataclass(slots=True)
@@ -45,7 +53,7 @@ class Open:
     lost: bool
     cut: int | None = None
     arrived: bool = False
-    update: Tree | None = None
+    update: Rows | None = None
     private: Tree | None = None
     loss: float | None = None
 
@@ -57,7 +65,8 @@ class Open:
     def facts(self, stored: Callable[[Tree], dict[str, str]]) -> dict[str, Any]:
         """The job for :meth:`restored`, as JSON holds it; ``stored`` puts tensors away and tells where."""
         # What is computed is kept: the private state that such a job started from may be gone by now.
-        trees = {"payload": self.job.payload, "update": self.update, "private": self.private}
+        update = None if self.update is None else row(self.update.stacked, self.update.at)
+        trees = {"payload": self.job.payload, "update": update, "private": self.private}
         return {
             **{name: getattr(self, name) for name in _PLAIN},
             **{name: None if tree is None else stored(tree) for name, tree in trees.items()},
@@ -72,7 +81,10 @@ class Open:
         keys = None if facts["keys"] is None else frozenset(facts["keys"])
         job = Job(facts["number"], facts["phase"], taken(facts["payload"]), keys)
         rest: dict[str, Any] = {name: facts[name] for name in _PLAIN}
-        rest |= {part: taken(facts[part]) for part in ("update", "private") if facts[part] is not None}
+        if facts["update"] is not None:
+            rest["update"] = Rows(stack([taken(facts["update"])]), 0)
+        if facts["private"] is not None:
+            rest["private"] = taken(facts["private"])
         return cls(job=job, **rest)
 
 
@@ -120,7 +132,7 @@ class Computing:
             if missing:
                 self._keep(missing, flying)
             with self._clock("fold"):
-                updates = stack([job.update for job in jobs if job.update is not None])
+                updates = _gathered([job.update for job in jobs if job.update is not None])
         with self._clock("fold"):
             self._hub.fold(
                 reports, updates if forge is None else forge(jobs, updates), _present(jobs, updates)
@@ -211,18 +223,21 @@ class Computing:
         self._chunk = chosen.chunk
 
     def _works(self, jobs: Sequence[Open]) -> list[Work]:
-        return [Work(job.client, job.job, self._bank[job.client], job.cut) for job in jobs]
+        privates = [self._bank[job.client] for job in jobs] if self._stateful else [{}] * len(jobs)
+        return [
+            made(Work, client=job.client, job=job.job, private=private, steps=job.cut)
+            for job, private in zip(jobs, privates, strict=True)
+        ]
 
     def _keep(self, due: Sequence[Open], flying: Iterable[Open]) -> None:
         """Compute jobs and, to fill the last chunk, jobs in flight that will return soonest."""
         self._choose(due)
         jobs = [*due, *self._ahead(due, flying)]
         updates, privates = self._computed(jobs)
-        for job, update, private in zip(
-            jobs, _views(updates, len(jobs)), _views(privates, len(jobs)), strict=True
-        ):
-            job.update = update
-            if self._stateful:
+        for at, job in enumerate(jobs):
+            job.update = Rows(updates, at)
+        if self._stateful:
+            for job, private in zip(jobs, _views(privates, len(jobs)), strict=True):
                 job.private = private
                 if job.arrived:
                     self._bank.put(job.client, private)
@@ -232,11 +247,11 @@ class Computing:
         if self._f.schedule.recalls or not wanted:
             return []
         chosen, phase = {id(job) for job in due}, due[0].job.phase
-        able = (
+        able = [
             job
             for job in flying
             if job.update is None and not job.lost and id(job) not in chosen and job.job.phase == phase
-        )
+        ]
         return heapq.nsmallest(wanted, able, key=lambda job: (job.ends, job.client))
 
     def _computed(self, jobs: Sequence[Open]) -> tuple[Tree, Tree]:
@@ -308,6 +323,8 @@ class Computing:
         sound = torch.ones(len(jobs), dtype=torch.bool, device=self._f.task.device)
         for each in updates.values():  # a sum with an infinite or undefined term is so, too
             sound &= each.reshape(len(each), -1).sum(1).isfinite()
+        if bool(sound.all()) and all(map(math.isfinite, losses)):
+            return
         for job, loss, whole in zip(jobs, losses, sound.tolist(), strict=True):
             if not (math.isfinite(loss) and whole):
                 raise DivergedError(
@@ -338,6 +355,22 @@ class _Stack:
 
 def _joined(stacks: Sequence[Tree]) -> Tree:
     return concatenate(stacks) if stacks else {}
+
+
+def _gathered(rows: Sequence[Rows]) -> Tree:
+    """Updates that were computed with different others, side by side [k, ...]."""
+    groups: dict[int, tuple[Tree, list[int]]] = {}
+    for place, (stacked, _) in enumerate(rows):
+        if (group := groups.get(id(stacked))) is None:
+            group = groups[id(stacked)] = stacked, []
+        group[1].append(place)
+    whole = {name: each.new_empty((len(rows), *each.shape[1:])) for name, each in rows[0].stacked.items()}
+    for stacked, places in groups.values():
+        sources = [rows[place].at for place in places]
+        for name, each in stacked.items():
+            to, of = torch.tensor([places, sources], device=each.device)
+            whole[name].index_copy_(0, to, each.index_select(0, of))
+    return whole
 
 
 def _views(stacked: Tree, rows: int) -> list[Tree]:

@@ -180,15 +180,20 @@ class Simulator:
     def _drive(self) -> str:
         if not self._alarms:
             self._open_doors()
+        alarms, alone, patience = (
+            self._alarms,
+            self._workers.count == 1,
+            self._f.recipe.engine.checkpoint_every,
+        )
         while self._reason is None:
-            if self._stopping or (self._asked_to_stop and self._workers.count == 1):
+            if self._stopping or (self._asked_to_stop and alone):
                 self._save()
                 raise Interrupted(f"stopped after round {self.hub.state.version}")
-            if self.hub.state.version - self._saved >= self._f.recipe.engine.checkpoint_every:
+            if self.hub.state.version - self._saved >= patience:
                 self._save()
-            if not self._alarms or (not self._open and all(alarm.kind == _TICK for alarm in self._alarms)):
+            if not alarms or (not self._open and all(alarm.kind == _TICK for alarm in alarms)):
                 raise self._nobody_comes()
-            self._ring(heapq.heappop(self._alarms))
+            self._ring(heapq.heappop(alarms))
         return self._reason
 
     def _nobody_comes(self) -> InputError:
@@ -242,28 +247,30 @@ class Simulator:
         heapq.heappush(self._alarms, _Alarm(at, kind, next(self._alarm_order), subject, number))
 
     def _ring(self, alarm: _Alarm) -> None:
-        self._now = max(self._now, alarm.at)
-        now, client = self._now / 1e6, alarm.subject
-        if alarm.kind == _TICK:
-            self._obey(self.hub.on(Tick(alarm.subject), now))
-        elif alarm.kind in (_RETURN, _LOSE):
-            job = self._open.get(client, {}).get(alarm.number)
-            if job is None or job.arrived or (alarm.kind == _RETURN and job.ends != alarm.at):
+        at, kind, _, client, number = alarm
+        self._now = max(self._now, at)
+        now = self._now / 1e6
+        if kind in (_RETURN, _LOSE):
+            mine = self._open.get(client)
+            job = mine.get(number) if mine else None
+            if job is None or job.arrived or (kind == _RETURN and job.ends != at):
                 return  # it was recalled or lost meanwhile
-            if alarm.kind == _RETURN:
+            if kind == _RETURN:
                 self._arrive(job)
             elif job.lost:
                 self._resting.add(client)
                 if math.isfinite(self._population.recovery):
                     self._set(self._now + round(self._population.recovery * 1e6), _RECOVER, client)
                 self._depart(client)
-        elif alarm.kind == _LEAVE:
+        elif kind == _TICK:
+            self._obey(self.hub.on(Tick(client), now))
+        elif kind == _LEAVE:
             self._absent.add(client)
             self._set_next_change(client)
             if client not in self._resting:
                 self._depart(client)
         else:
-            if alarm.kind == _RECOVER:
+            if kind == _RECOVER:
                 self._resting.discard(client)
             else:
                 self._absent.discard(client)
@@ -417,10 +424,11 @@ class Simulator:
     def _account(self, jobs: Sequence[Open], reports: Sequence[Report], sizes: Mapping[str, int]) -> None:
         """Close jobs that were folded, and note what they cost."""
         gossip, weigh, whole = isinstance(self.hub, PeerHub), self._f.algorithm.weigh, sum(sizes.values())
+        traffic = self.hub.traffic
         for job, report in zip(jobs, reports, strict=True):
             keys = job.job.keys
             size = whole if keys is None else sum(each for name, each in sizes.items() if name in keys)
-            size = self.hub.traffic(size, job.client)
+            size = traffic(size, job.client)
             self._bytes_up += size
             if gossip:
                 self._bytes_down += size
