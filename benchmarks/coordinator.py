@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import torch
 
 from hansa.cli import local
@@ -54,6 +56,11 @@ class Place:
         """Most megabytes that it ever held."""
         text = Path(f"/proc/{self.pid}/status").read_text()
         return int(text.split("VmHWM:")[1].split()[0]) / 1024
+
+    def busy(self) -> float:
+        """Seconds of processor time that it has had."""
+        times = psutil.Process(self.pid).cpu_times()
+        return times.user + times.system
 
     def members(self, count: int) -> list[Path]:
         """Identities of so many agents."""
@@ -158,7 +165,7 @@ async def upload(place: Place, members: list[Path], total: int, *, at_once: bool
     joined = [await attend(place.address, each, [i]) for i, each in enumerate(members)]
     with place.remote() as remote:
         run = await asyncio.to_thread(remote.submit, recipe.toml())
-    before = place.memory()
+    before, busy, own = place.memory(), place.busy(), time.process_time()
     left, done = total, 0
     began = time.perf_counter()
 
@@ -190,13 +197,30 @@ async def upload(place: Place, members: list[Path], total: int, *, at_once: bool
 
     await asyncio.gather(*(one(*each) for each in joined))
     took = time.perf_counter() - began
+    busy, own = place.busy() - busy, time.process_time() - own
     with place.remote() as remote:
         await asyncio.to_thread(remote.stop, run.id)
+    size = 4 * 75 * 13_981
+    alone = disk(place.folder, size)
     what = f"{len(members)} at once" if at_once else f"{len(members)} agents"
     print(
-        f"{done} updates of {4 * 75 * 13_981 / 1e6:.1f} MB from {what}: {done / took:.0f}/s, "
-        f"coordinator {before:.0f} MB before, {place.memory():.0f} MB at most"
+        f"{done} updates of {size / 1e6:.1f} MB from {what}: {done / took:.0f}/s, "
+        f"{100 * done / took / alone:.0f}% of the {alone:.0f} such files that the disk alone makes durable; "
+        f"processor time for each {1e3 * busy / done:.1f} ms in the coordinator, {1e3 * own / done:.1f} ms "
+        f"in the agents; coordinator {before:.0f} MB before, {place.memory():.0f} MB at most"
     )
+
+
+def disk(folder: Path, size: int, seconds: float = 3.0) -> float:
+    """Files of so many bytes that are written and made durable in a second, one after the other."""
+    data, made, began = os.urandom(size), 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        with (folder / f"alone-{made}").open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        made += 1
+    return made / (time.perf_counter() - began)
 
 
 def main() -> None:
