@@ -33,7 +33,7 @@ from hansa.client.enrolment import renew_if_due
 from hansa.client.outbox import Entry, Outbox
 from hansa.client.policy import Policy, Refused
 from hansa.client.session import Gone, Later, Link
-from hansa.client.workshop import Workshop
+from hansa.client.workshop import Precision, Workshop
 from hansa.core.errors import HansaError, InputError, TrustError
 from hansa.core.recipe import construct
 from hansa.core.wire import federation_pb2 as pb
@@ -63,6 +63,8 @@ class Config:
     data: the [data] table of what it holds; without it the recipe's own data, for trying out.
     device: torch device instead of the recipe's.
     threads: CPU threads for training.
+    precision: ``"bf16"`` trains float32 models with passes in bfloat16 (autocast), where the device is made
+        for it; weights, gradients and updates stay float32, and so does evaluation.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Config:
     data: Mapping[str, Any] | None = None
     device: str | None = None
     threads: int | None = None
+    precision: Precision = "full"
     policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
@@ -133,7 +136,13 @@ class Agent:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._outbox = Outbox(config.state)
-        self._workshop = Workshop(self._outbox, config.policy, data=config.data, device=config.device)
+        self._workshop = Workshop(
+            self._outbox,
+            config.policy,
+            data=config.data,
+            device=config.device,
+            precision=config.precision,
+        )
         self._bench = ThreadPoolExecutor(1, "training", self._settle_down)
         self._tasks: dict[bytes, _Task] = {}
         self._order: defaultdict[tuple[str, int], asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -253,6 +262,7 @@ class Agent:
             version=version(),
             seats=self._config.seats,
             device=self._config.device or f"cpu {platform.machine()}",
+            memory=(self._config.policy.job_memory or 0) << 20,
             hansa=hansa.__version__,
             torch=torch.__version__,
             own=self._config.data is not None,

@@ -25,6 +25,7 @@ def check(config: Config) -> Iterator[tuple[str, str | None]]:
     """(what was looked at, what is wrong and what to do about it, or ``None``)."""
     yield "state folder", _state(config)
     yield "device", _device(config)
+    yield "precision", _precision(config)
     yield "data", _data(config)
     yield "policy", _policy(config)
     yield "coordinator", asyncio.run(_coordinator(config))
@@ -52,6 +53,19 @@ def _device(config: Config) -> str | None:
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         return f"{config.device} does not work here ({why}); set `device`, or leave it out"
+    return None
+
+
+def _precision(config: Config) -> str | None:
+    if config.precision == "full":
+        return None
+    device = torch.device(config.device or "cpu")
+    if device.type == "cuda":
+        made_for_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        made_for_it = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    if not made_for_it:
+        return f"{device} has no bf16 instructions, and would be far slower; leave out `precision`"
     return None
 
 

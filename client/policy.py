@@ -29,6 +29,8 @@ class Policy:
     minimum_clients: fewest clients in a federation, for the average of few tells of each.
     quiet_hours: local times between which the agent stays away, as ``"08:00-18:00"``.
     algorithms: names of the algorithms that may run here; empty allows all.
+    job_seconds: time that training may take in a job.
+    job_memory: megabytes that a job may take beyond what the agent holds between jobs.
     """
 
     recipes: tuple[str, ...] = ()
@@ -36,8 +38,13 @@ class Policy:
     minimum_clients: int = 1
     quiet_hours: str | None = None
     algorithms: tuple[str, ...] = ()
+    job_seconds: float | None = None
+    job_memory: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("job_seconds", "job_memory"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise InputError(f"policy.{name}", value, "no job could be done", "raise it, or leave it out")
         if self.quiet_hours is not None:
             try:
                 self._hours()

@@ -8,12 +8,13 @@ import time
 import tomllib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from hansa.client.outbox import Entry, Outbox, entry
 from hansa.client.policy import Policy
+from hansa.client.watch import Watch, require_room
 from hansa.core.algorithm import Job
 from hansa.core.data import FederatedData, Shards
 from hansa.core.errors import DivergedError, RunError
@@ -26,6 +27,7 @@ from hansa.strategies.catalog import Federation, assemble
 from hansa.strategies.evaluate import Tally, tally
 from hansa.strategies.local import Data, Work, train
 
+Precision = Literal["full", "bf16"]
 _KEPT = 4  # assembled federations
 
 
@@ -37,12 +39,20 @@ class Workshop:
     data: the ``[data]`` table of what this agent holds; ``None`` takes the recipe's own data, of which each
         client has its part.
     device: instead of the recipe's.
+    precision: ``"bf16"`` lets training passes compute in it where PyTorch's autocast does.
     """
 
     def __init__(
-        self, outbox: Outbox, policy: Policy, *, data: Mapping[str, Any] | None, device: str | None
+        self,
+        outbox: Outbox,
+        policy: Policy,
+        *,
+        data: Mapping[str, Any] | None,
+        device: str | None,
+        precision: Precision,
     ) -> None:
         self._outbox, self._policy, self._own, self._device = outbox, policy, data, device
+        self._autocast = torch.bfloat16 if precision == "bf16" else None
         self._assembled: OrderedDict[tuple[str, int, int], Federation] = OrderedDict()
 
     def do(self, job: pb.Job, recipe: bytes, payload: bytes, halt: Callable[[int], bool]) -> Entry:
@@ -56,9 +66,11 @@ class Workshop:
             When it cannot be done.
         """
         f, tree, private = self._unpacked(job, recipe, payload)
+        require_room(self._policy, f.task)
         work = Work(job.client, Job(job.number, job.phase, tree), private)
-        began = time.perf_counter()
-        made = train(Data(f, f.recipe.seed), work, halt=halt)
+        began, watch = time.perf_counter(), Watch(self._policy, f.task.device)
+        made = train(Data(f, f.recipe.seed), work, halt=lambda steps: halt(steps) or watch.over())
+        watch.require()
         seconds = time.perf_counter() - began
         sound = all(bool(t.isfinite().all()) for t in made.update.values() if t.is_floating_point())
         if not (math.isfinite(made.loss) and sound):
@@ -112,6 +124,7 @@ class Workshop:
         recipe = parse(tomllib.loads(text.decode()))
         self._policy.require(recipe, job.recipe.digest, job.clients)
         made = self._assemble(recipe, job.client, job.clients)
+        made.task.autocast = self._autocast
         if job.client >= made.clients:
             raise RunError(f"client {job.client} of {made.clients}: there is no such client")
         self._assembled[key] = made

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,6 +177,8 @@ class Task:
     head: name of the final linear layer that is fed features, where there is one.
     foldable: whether many clients' gradients can be folded into one pass; ``None`` before it was tried.
     seed: names the draws of whatever else an algorithm initialises.
+    autocast: type in which training passes compute what :class:`torch.autocast` lets them; an engine sets it.
+        Weights, gradients, losses and statistics keep ``dtype``.
     """
 
     def __init__(
@@ -214,6 +218,7 @@ class Task:
         self.buffers = tuple(n for n in self.roles if n not in dict(module.named_parameters()))
         self.head = _head(module)
         self.foldable: bool | None = None
+        self.autocast: torch.dtype | None = None
         self.frozen: Tree = {
             name: self.initial[name] for name, role in self.roles.items() if role == "frozen"
         }
@@ -269,8 +274,9 @@ class Task:
 
     def training_call(self, params: Tree, x: Tensor) -> Tensor:
         """The bare module in training mode; it moves the buffers in ``params`` where they stand."""
-        out: Tensor = functional_call(self._train, params, (x,))
-        return out
+        with self._lowered():
+            out: Tensor = functional_call(self._train, params, (x,))
+        return out.to(self.dtype)
 
     def differentiate(
         self,
@@ -296,14 +302,22 @@ class Task:
     def train_forward(self, params: Tree, x: Tensor) -> tuple[Tensor, Tree]:
         """Outputs in training mode, and the buffers as the forward pass leaves them."""
         buffers = self._moving_buffers(params)
-        outputs = functional_call(self._train, {**params, **buffers}, (x,))
-        return outputs, self._moved(params, buffers)
+        with self._lowered():
+            outputs: Tensor = functional_call(self._train, {**params, **buffers}, (x,))
+        return outputs.to(self.dtype), self._moved(params, buffers)
 
     def train_forward_with_features(self, params: Tree, x: Tensor) -> tuple[Tensor, Tensor, Tree]:
         """(outputs, what the head was given [B, d], buffers), in training mode."""
         buffers = self._moving_buffers(params)
-        outputs, features = self._tapped(self._train, {**params, **buffers}, x)
-        return outputs, features, self._moved(params, buffers)
+        with self._lowered():
+            outputs, features = self._tapped(self._train, {**params, **buffers}, x)
+        return outputs.to(self.dtype), features.to(self.dtype), self._moved(params, buffers)
+
+    def _lowered(self) -> AbstractContextManager[Any]:
+        """What a training pass computes under; its backward pass computes in the same types."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
 
     def features(self, params: Tree, x: Tensor) -> Tensor:
         """What the head is given [B, d], in evaluation mode."""

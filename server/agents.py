@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import math
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -28,6 +27,7 @@ from hansa.server.evaluation import PHASE
 from hansa.server.figures import FIGURES
 from hansa.server.jobs import Open
 from hansa.server.leases import Lease, read_lease
+from hansa.server.limits import Account, Accounts, Limits
 from hansa.server.office import Office
 from hansa.server.past import Past
 from hansa.server.patience import Over
@@ -43,32 +43,6 @@ B = TypeVar("B")
 _EVALUATES = 2  # minor version of the protocol from which on agents evaluate
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What one agent, and all together, may ask of a coordinator.
-
-    Attributes
-    ----------
-    uploads: at a time; others wait for a permit.
-    waiting: agents that may wait for one; more are told to come back.
-    update: bytes of an update. inline: bytes up to which it may come in its manifest.
-    examples: of a client, its weight. steps: of a job.
-    patience: seconds between two pieces of an upload.
-    heartbeat: seconds between two heartbeats; an agent that misses three is gone.
-    grace: seconds that an agent may be gone before its jobs are lost.
-    """
-
-    uploads: int = 16
-    waiting: int = 1000
-    update: int = 2 << 30
-    inline: int = INLINE
-    examples: int = 100_000_000
-    steps: int = 1_000_000
-    patience: float = 30.0
-    heartbeat: float = 10.0
-    grace: float = 30.0
 
 
 class Attendant:
@@ -133,6 +107,7 @@ class Agents(AgentsServicer):
     def __init__(self, office: Office, limits: Limits) -> None:
         self._office, self._limits = office, limits
         self._permits = asyncio.Semaphore(limits.uploads)
+        self._accounts = Accounts(limits)
         self._under_way: set[Lease] = set()
 
     def gauge(self, sample: pb.Sample) -> None:
@@ -145,6 +120,7 @@ class Agents(AgentsServicer):
     async def Attend(self, request_iterator: AsyncIterator[pb.FromAgent], context: Context) -> None:  # noqa: N802
         """Be there: jobs and recalls go out as they are ordered."""
         name = caller().identity.name
+        await self._admit(context, name)
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("body") != "hello":
             await self._refuse(context, Code.FAILED_PRECONDITION, name, "an agent says hello first")
@@ -173,18 +149,23 @@ class Agents(AgentsServicer):
             self._office.leave(attendant)
 
     async def _listen(self, requests: AsyncIterator[pb.FromAgent], attendant: Attendant) -> None:
-        messages = aiter(requests)
+        messages, account = aiter(requests), self._accounts.of(attendant.name)
         while True:
             try:
                 async with asyncio.timeout(3 * self._limits.heartbeat):
                     message = await anext(messages)
             except StopAsyncIteration:
                 return
+            while (wait := account.spend()) > 0:  # what it says meanwhile waits on its side
+                if account.tell():
+                    _log.warning("heard more slowly", agent=attendant.name, why=self._too_fast)
+                await asyncio.sleep(wait)
             match message.WhichOneof("body"):
                 case "heartbeat":
                     FIGURES.heartbeats.inc()
                     self._office.roster.heard(attendant.name, message.heartbeat)
-                    attendant.out.put_nowait(pb.ToAgent(pulse=pb.Pulse()))
+                    if attendant.out.empty():  # another message is as good a sign of life
+                        attendant.out.put_nowait(pb.ToAgent(pulse=pb.Pulse()))
                 case "failure":
                     self._fail(attendant, message.failure)
                 case "scores":
@@ -255,6 +236,7 @@ class Agents(AgentsServicer):
     async def Download(self, request: pb.Wanted, context: Context) -> None:  # noqa: N802
         """What an open job names, and nothing else."""
         name = caller().identity.name
+        await self._admit(context, name)
         run, job, _ = await self._open_job(request.lease, name, context)
         if not isinstance(run, Run) or job is None:
             await self._refuse(context, Code.FAILED_PRECONDITION, name, "the job is over", run=run.id)
@@ -287,6 +269,7 @@ class Agents(AgentsServicer):
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: Context) -> None:  # noqa: N802
         """Manifest in, permit out, pieces in, acknowledgement out."""
         name = caller().identity.name
+        account = await self._admit(context, name)
         messages = aiter(request_iterator)
         first = await self._next(messages, context, name)
         if first.WhichOneof("body") != "manifest":
@@ -314,7 +297,11 @@ class Agents(AgentsServicer):
             await self._refuse(context, Code.ABORTED, name, "this upload is under way", run=run.id)
         if len(self._under_way) >= self._limits.waiting:
             await self._refuse(context, Code.RESOURCE_EXHAUSTED, name, "too many uploads wait", run=run.id)
+        if account.uploads >= self._limits.agent_uploads + self._limits.agent_waiting:
+            why = f"{account.uploads} uploads of this agent are under way or wait; no more at a time"
+            await self._refuse(context, Code.RESOURCE_EXHAUSTED, name, why, say=account.tell(), run=run.id)
         self._under_way.add(claim)
+        account.uploads += 1
         try:
             data = await self._take(messages, context, name, run, job, manifest)
             verdict = await run.tell(
@@ -337,6 +324,7 @@ class Agents(AgentsServicer):
             await self._refuse(context, Code.UNAVAILABLE, name, "this coordinator ends", run=run.id)
         finally:
             self._under_way.discard(claim)
+            account.uploads -= 1
         point("before-ack")
         self._office.roster.sent(name, manifest, counted=verdict == "counted")
         FIGURES.updates.labels(verdict).inc()
@@ -382,7 +370,7 @@ class Agents(AgentsServicer):
                     raise _Damaged
                 unpack(data, job.expected)
                 return data
-            async with self._permits:
+            async with self._accounts.of(name).permits, self._permits:
                 await self._receive(messages, context, name, run, job, manifest)
             return None
         except _Damaged:  # on its way: it may be sent again
@@ -469,11 +457,27 @@ class Agents(AgentsServicer):
             },
         )
 
-    async def _refuse(self, context: Context, code: Code, name: str, why: str, **facts: object) -> NoReturn:
+    async def _admit(self, context: Context, name: str) -> Account:
+        """An agent's account, if there is a call left on it."""
+        account = self._accounts.of(name)
+        if (wait := account.spend()) > 0:
+            why = f"{self._too_fast}; the next one in {wait:.2g} s"
+            await self._refuse(context, Code.RESOURCE_EXHAUSTED, name, why, say=account.tell())
+        return account
+
+    @property
+    def _too_fast(self) -> str:
+        return f"an agent may make {self._limits.agent_rate:g} calls a second"
+
+    async def _refuse(
+        self, context: Context, code: Code, name: str, why: str, *, say: bool = True, **facts: object
+    ) -> NoReturn:
+        """``say`` it in the log, too."""
         why = _printable(why)
         self._office.roster.refused(name)
         FIGURES.refused.labels(code.name).inc()
-        _log.warning("refused", agent=name, status=code.name, why=why, **facts)
+        if say:
+            _log.warning("refused", agent=name, status=code.name, why=why, **facts)
         await context.abort(code, why)
         raise AssertionError
 

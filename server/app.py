@@ -33,11 +33,12 @@ from hansa.core.errors import InputError, RunError
 from hansa.core.recipe import construct
 from hansa.core.wire import OPTIONS, enrolment_pb2_grpc, federation_pb2
 from hansa.core.wire.federation_pb2_grpc import add_AgentsServicer_to_server, add_ControlServicer_to_server
-from hansa.server.agents import Agents, Limits
+from hansa.server.agents import Agents
 from hansa.server.artefacts import Artefacts
 from hansa.server.control import Control
 from hansa.server.events import EventLog
 from hansa.server.figures import FIGURES, Condition
+from hansa.server.limits import Limits
 from hansa.server.office import Office
 from hansa.server.patience import Over
 from hansa.server.roster import Roster

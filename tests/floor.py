@@ -18,8 +18,8 @@ from hansa.core.trees import Tree
 from hansa.core.wire import NAME, OPTIONS
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import AgentsStub, ControlStub
-from hansa.server.agents import Limits
 from hansa.server.app import Config, coordinator
+from hansa.server.limits import Limits
 from hansa.server.verify import Verified, verify
 
 PATIENCE = 600.0  # seconds: a busy machine may stand still for minutes

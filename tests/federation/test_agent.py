@@ -142,6 +142,8 @@ def test_quiet_hours(hours: str, now: str, seconds: int) -> None:
         ('name = "a"\nclients = [-1]', "agent.clients"),
         ('name = "a"\nclients = [0]\nstat = "x"', "agent.stat"),
         ('name = "a"\nclients = [0]\n[policy]\nquiet_hours = "noon"', "policy.quiet_hours"),
+        ('name = "a"\nclients = [0]\n[policy]\njob_seconds = 0', "policy.job_seconds"),
+        ('name = "a"\nclients = [0]\nprecision = "fp8"', "agent.precision"),
         ("clients = [0]", "agent.name"),
     ],
 )
@@ -165,7 +167,7 @@ def test_the_check_names_each_problem(floor: Floor) -> None:
         policy=Policy(recipes=("abc",)),
     )
     found = dict(check(bad))
-    assert all(found.values()), found
+    assert all(why for what, why in found.items() if what != "precision"), found
     assert "cannot be written" in (found["state folder"] or "")
     assert "nowhere.csv" in (found["data"] or "")
     assert "unavailable" in (found["coordinator"] or "")
@@ -218,3 +220,29 @@ def test_agents_with_data_of_their_own(floor: Floor) -> None:
     simulator = Simulator(assemble(recipe))
     simulator.run()
     assert any(not torch.allclose(floor.model(run)[n], t) for n, t in simulator.hub.model().items())
+
+
+def test_passes_in_bf16_leave_weights_and_updates_in_float32(floor: Floor) -> None:
+    recipe = small(engine={"dtype": "float32", "mode": "sequential"}, train={"epochs": 8}, stop={"rounds": 4})
+
+    async def scene(precision: str) -> str:
+        async with floor.coordinator() as control, floor.agents(2, precision=precision):
+            run = await submit(control, recipe)
+            rounds, status = await end(control, run)
+            assert status.status == "finished"  # the coordinator takes float32 alone
+            assert rounds[-1].metrics["train/loss"] < 0.8 * rounds[0].metrics["train/loss"]
+            return run
+
+    full, half = (floor.model(play(scene(precision))) for precision in ("full", "bf16"))
+    assert {each.dtype for each in half.values() if each.is_floating_point()} == {torch.float32}
+    distances = {n: float((half[n] - t).norm() / t.norm()) for n, t in full.items() if t.is_floating_point()}
+    assert max(distances.values()) > 1e-5
+    assert max(distances.values()) < 0.1  # eight bits of significand, a few dozen steps
+
+
+def test_precision_is_checked(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(name="a", clients=(0,), coordinator="127.0.0.1:1", state=floor.folder, precision="bf16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert "cpu has no bf16 instructions" in (dict(check(config))["precision"] or "")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert dict(check(config))["precision"] is None
