@@ -493,6 +493,23 @@ def test_the_coordinator_renews_its_own_certificate_between_two_handshakes(
     assert answer == "SERVING"
 
 
+def test_handshakes_get_another_certificate_only_when_there_is_one(
+    authority: Authority, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one each time, be it the same, is exchanged under other handshakes and ends the process."""
+    asked: list[Callable[[], object]] = []
+
+    def noting(first: object, fetch: Callable[[], object], **options: object) -> None:
+        asked.append(fetch)
+
+    monkeypatch.setattr(grpc, "dynamic_ssl_server_credentials", noting)
+    server_credentials(authority)
+    assert [asked[0]() for _ in range(3)] == [None, None, None]
+    clock.wrong = LIFETIME / 2 + HOURS
+    assert asked[0]() is not None
+    assert asked[0]() is None
+
+
 def _signed_by(key: Any, digest: Any) -> bytes:
     made = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, digest)
     return made.public_bytes(serialization.Encoding.DER)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import cast
 
 import grpc
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -52,17 +54,26 @@ def _credentials(authority: Authority, *, mutual: bool) -> grpc.ServerCredential
     shown = authority.coordinator()
     roots = authority.certificate.public_bytes(Encoding.PEM) if mutual else None
 
-    current = grpc.ssl_server_certificate_configuration([shown], roots)
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        """Asked at every handshake; ``None`` keeps what there is.
 
-    def fresh() -> grpc.ServerCertificateConfiguration:
-        nonlocal shown, current
+        gRPC replaces what it shakes hands with for whatever else is returned, under the feet of other
+        handshakes: the same certificate over and over ended the process (grpcio 1.85).
+        """
+        nonlocal shown
         try:
             held = authority.coordinator()
         except (HansaError, OSError) as error:
             _log.error("the coordinator goes on with the certificate it has: %s", error)
-            return current
-        if held != shown:
-            shown, current = held, grpc.ssl_server_certificate_configuration([held], roots)
-        return current
+            return None
+        if held == shown:
+            return None
+        shown = held
+        return grpc.ssl_server_certificate_configuration([held], roots)
 
-    return grpc.dynamic_ssl_server_credentials(current, fresh, require_client_authentication=mutual)
+    first = grpc.ssl_server_certificate_configuration([shown], roots)
+    return grpc.dynamic_ssl_server_credentials(
+        first,
+        cast("Callable[[], grpc.ServerCertificateConfiguration]", renewed),  # the types know no None
+        require_client_authentication=mutual,
+    )
