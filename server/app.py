@@ -3,7 +3,7 @@
 ::
 
     <data>/events.db      the event log, unless it is in another database
-    <data>/artefacts/     updates, snapshots
+    <data>/artefacts/     updates, and the newest snapshot of every run that goes on
     <data>/lock           held by the one process that leads here
     <data>/address        where it listens
     <data>/metrics        where Prometheus finds it, if it may

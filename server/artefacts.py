@@ -1,10 +1,14 @@
-"""Updates, models and recipes on disk, by the SHA-256 of their bytes.
+"""Updates and parts of snapshots on disk, by the SHA-256 of their bytes.
 
 ::
 
-    <folder>/<digest>        whole and checked, and durable once settled
-    <folder>/spool/          what is being written
-    <folder>/spool/<run>/    uploads under way, one to a job; what is left there goes on or is cleared
+    <folder>/<digest>                   an update, whole and checked, and durable once settled
+    <folder>/snapshots/<run>/<digest>   a part of a run's snapshot: the newest's, save for a moment
+    <folder>/spool/                     what is being written
+    <folder>/spool/<run>/               uploads under way, one to a job: they go on or are cleared
+
+Updates are kept, for they make the model again; a snapshot only saves time, and its parts go when a newer one
+is durable. They stand apart, so that no update is ever taken for a part that nobody needs any more.
 
 :meth:`Artefacts.settle` makes many files and their names durable at the price of about one: they are given to
 the disk at the same time, before each commit of the event log. A file that no event names was not settled
@@ -18,7 +22,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +43,8 @@ class Artefacts:
         self.folder = folder
         self._spool = folder / "spool"
         self._spool.mkdir(parents=True, exist_ok=True)
+        self._snapshots = folder / "snapshots"
+        self._snapshots.mkdir(exist_ok=True)
         self._unsettled: list[BinaryIO] = []
         self._lock = threading.Lock()
         self._disk = ThreadPoolExecutor(_AT_ONCE, "disk")
@@ -49,15 +55,40 @@ class Artefacts:
             raise ValueError("no SHA-256 digest")
         return self.folder / digest
 
-    def put(self, data: bytes) -> str:
-        """Store bytes durably; returns their digest."""
+    # Snapshots.
+
+    def put(self, run: str, data: bytes) -> str:
+        """Store a part of a run's snapshot durably; returns its digest."""
         digest = hashlib.sha256(data).hexdigest()
+        folder = self._snapshots / run
+        if not folder.is_dir():
+            folder.mkdir()
+            _sync(self._snapshots)
         draft = self._spool / f"{digest}.{os.getpid()}"
-        file = draft.open("wb")
-        file.write(data)
-        self.keep(file, draft, digest)
-        self.settle()
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.rename(folder / digest)
+        _sync(folder)
         return digest
+
+    def part(self, run: str, digest: str) -> bytes:
+        """A part of a run's snapshot, checked, as :meth:`get`."""
+        return _checked(self._snapshots / run / self.path(digest).name)
+
+    def prune(self, run: str, named: Collection[str] = ()) -> None:
+        """Forget the parts of a run's snapshots that are not ``named``; if not now, then the next time."""
+        folder = self._snapshots / run
+        if folder.is_dir():
+            with suppress(OSError):
+                for path in folder.iterdir():
+                    if path.name not in named:
+                        path.unlink()
+                if not named:
+                    folder.rmdir()
+
+    # Updates.
 
     def keep(self, file: BinaryIO, path: Path, digest: str) -> None:
         """Move a written file to its digest; durable after :meth:`settle`."""
@@ -67,20 +98,14 @@ class Artefacts:
             self._unsettled.append(file)
 
     def get(self, digest: str) -> bytes:
-        """The bytes, checked.
+        """An update's bytes, checked.
 
         Raises
         ------
         RunError
             When they are not there, or no longer what they were.
         """
-        try:
-            data = self.path(digest).read_bytes()
-        except OSError as error:
-            raise RunError(f"{self.path(digest)}: an artefact cannot be read ({error.strerror})") from error
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise RunError(f"{self.path(digest)}: an artefact is damaged; restore it from a backup")
-        return data
+        return _checked(self.path(digest))
 
     def receive(self, run: str, job: str, digest: str) -> Reception:
         """Begin or go on with the upload of a job; one of another digest takes the place of what is there."""
@@ -126,6 +151,24 @@ class Artefacts:
         for path in self._spool.iterdir():
             if path.is_dir() and unwanted(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _checked(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path}: an artefact cannot be read ({error.strerror})") from error
+    if hashlib.sha256(data).hexdigest() != path.name:
+        raise RunError(f"{path}: an artefact is damaged; restore it from a backup")
+    return data
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Reception:

@@ -78,6 +78,7 @@ class Office:
                 self._keys[row.key] = row.id
             if row.status in ("finished", "failed"):
                 self._past[row.id] = self._ended(row)
+                self.artefacts.prune(row.id)
                 continue
             try:
                 self._begin(await self._events.insist(partial(self._recovered, row), f"{row.id}: recovering"))

@@ -108,8 +108,14 @@ class Run:
         began = time.monotonic()
         snapshot = self._events.snapshot(self.id)
         if snapshot is not None:
-            tensors = load_tensors(self._artefacts.get(snapshot.digest))
-            self.machine.restore(snapshot.seq, tensors, snapshot.facts, self._artefacts.get)
+            named = {snapshot.digest}
+
+            def part(digest: str) -> bytes:
+                named.add(digest)
+                return self._artefacts.part(self.id, digest)
+
+            self.machine.restore(snapshot.seq, load_tensors(part(snapshot.digest)), snapshot.facts, part)
+            self._artefacts.prune(self.id, named)  # of a snapshot that was not finished, or is not needed
         replayed = self._events.events(self.id, self.machine.seq)
         for event in replayed:
             for done in self.machine.apply(event).rounds:
@@ -415,9 +421,19 @@ class Run:
             self._saved = version
 
     def _snapshot(self) -> None:
-        tensors, facts = self.machine.snapshot(lambda packed: self._artefacts.put(packed.data))
-        digest = self._artefacts.put(pack(tensors).data)
+        named = set[str]()
+
+        def put(packed: Packed) -> str:
+            digest = self._artefacts.put(self.id, packed.data)
+            named.add(digest)
+            return digest
+
+        tensors, facts = self.machine.snapshot(put)
+        digest = put(pack(tensors))
+        point("before-snapshot")
         self._events.save(self.id, Snapshot(seq=self.machine.seq, digest=digest, facts=facts))
+        point("after-snapshot")
+        self._artefacts.prune(self.id, named)
 
     # How it stands.
 
@@ -477,6 +493,8 @@ class Run:
             last = {"seats": sorted(machine.seats.items()), "late": sorted(machine.late)}
         facts = self.id, status, reason, machine.hub.state.version, last
         await self._insist(lambda: self._events.mark(*facts), "recording how it stands")
+        if over:
+            await asyncio.to_thread(self._artefacts.prune, self.id)
         self.status, self.reason = status, reason
 
     # Who is there.

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import get_args
@@ -256,3 +256,59 @@ def test_every_field_that_names_a_file_is_known_as_one() -> None:
             if str(f.description).startswith(("Path", "Folder", "Name on", "The same, for"))
         }
         assert said == set(kind.FILES), kind
+
+
+def parts(floor: Floor, run: str) -> set[str]:
+    folder = floor.data / "artefacts" / "snapshots" / run
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def named(floor: Floor, run: str) -> set[str]:
+    """Parts that the newest snapshot names."""
+    with closing(EventLog(floor.url, lead=False)) as log:
+        snapshot = log.snapshot(run)
+    assert snapshot is not None
+    return {snapshot.digest, *(job["packed"][0] for job in snapshot.facts["jobs"])}
+
+
+@pytest.mark.parametrize("dies", ["before the row", "after the row"])
+def test_the_parts_of_a_snapshot_go_when_a_newer_one_is_durable(
+    floor: Floor, dies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not before, wherever the coordinator dies in between."""
+    recipe = small(stop={"rounds": 30}, engine={"dtype": "float64", "checkpoint_every": 1})
+    kept: list[set[str]] = []
+    prune = Artefacts.prune
+
+    def noting(self: Artefacts, run: str, digests: Collection[str] = ()) -> None:
+        prune(self, run, digests)
+        kept.append(parts(floor, run))
+
+    def dying(*arguments: object) -> None:
+        raise Over("killed")
+
+    async def scene() -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(Artefacts, "prune", noting)
+            async with floor.coordinator() as control, floor.agents(2):
+                run = await submit(control, recipe)
+                await until(lambda: len(kept) > 4)
+                if dies == "before the row":
+                    patch.setattr(EventLog, "save", dying)
+                else:
+                    patch.setattr(Artefacts, "prune", dying)
+                await until(lambda: parts(floor, run) > named(floor, run))
+        assert all(1 <= len(each) <= 3 for each in kept)  # the tensors, and the model that is out
+        with monkeypatch.context() as patch:
+            patch.setattr(Artefacts, "prune", noting)
+            del kept[:]
+            async with floor.coordinator():
+                assert parts(floor, run) == named(floor, run) == kept[0]
+        async with floor.coordinator() as control, floor.agents(2):
+            _, status = await end(control, run)
+            assert status.status == "finished", status.reason
+        return run
+
+    run = play(scene())
+    assert parts(floor, run) == set()
+    assert checked(floor, run).updates == 30 * 4
