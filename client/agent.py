@@ -18,8 +18,9 @@ import signal
 import tomllib
 from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -127,6 +128,7 @@ class _Task:
     evaluates: bool = False
     entry: Entry | None = None
     halt: Literal["", "send", "drop"] = ""
+    turn: Future[Entry] | None = None  # on the bench
     runner: asyncio.Task[None] | None = None
 
 
@@ -286,6 +288,8 @@ class Agent:
             return
         if recall.partial:
             task.halt = task.halt or "send"
+            if task.turn is not None:
+                task.turn.cancel()  # unless it has come
             return
         task.halt = "drop"
         if task.entry is not None:
@@ -343,9 +347,19 @@ class Agent:
 
     async def _train(self, task: _Task) -> Entry:
         job, recipe, payload = await self._fetched(task)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._bench, self._workshop.do, job, recipe, payload, lambda steps: bool(task.halt)
-        )
+        do = partial(self._workshop.do, job, recipe, payload, lambda steps: bool(task.halt))
+        if not task.halt:
+            task.turn = self._bench.submit(do)
+            trained = asyncio.wrap_future(task.turn)
+            try:
+                await asyncio.wait([trained])
+            except asyncio.CancelledError:
+                trained.cancel()
+                raise
+            if not trained.cancelled():
+                return trained.result()
+        # Recalled before its turn: there is nothing done to send, and that does not wait for the bench.
+        return await asyncio.to_thread(do)
 
     async def _evaluate(self, task: _Task) -> pb.Scores:
         """If the answer is lost with its connection, the coordinator asks again."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hansa.core.errors import InputError
 from hansa.core.recipe import Recipe
 from hansa.strategies.catalog import imports
+
+_NAP = 0.05  # seconds between two looks, at rest, whether a job was recalled
 
 
 class Refused(Exception):
@@ -31,6 +34,8 @@ class Policy:
     algorithms: names of the algorithms that may run here; empty allows all.
     job_seconds: time that training may take in a job.
     job_memory: megabytes that a job may take beyond what the agent holds between jobs.
+    job_steps: local steps of a job, at most; after them the agent sends what it has.
+    duty: share of a processor's time that training takes, at most; the agent rests after each step.
     """
 
     recipes: tuple[str, ...] = ()
@@ -40,11 +45,15 @@ class Policy:
     algorithms: tuple[str, ...] = ()
     job_seconds: float | None = None
     job_memory: int | None = None
+    job_steps: int | None = None
+    duty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("job_seconds", "job_memory"):
+        for name in ("job_seconds", "job_memory", "job_steps"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise InputError(f"policy.{name}", value, "no job could be done", "raise it, or leave it out")
+        if not 0 < self.duty <= 1:
+            raise InputError("policy.duty", self.duty, "it is a share above 0, up to 1", "write 0.25, say")
         if self.quiet_hours is not None:
             try:
                 self._hours()
@@ -72,6 +81,25 @@ class Policy:
                 raise Refused(f"{name} = {path!r}: code that this agent's owner has not allowed")
             if _code_digest(path) != allowed:
                 raise Refused(f"{name} = {path!r}: the code here is not what this agent's owner allowed")
+
+    def within(self, halt: Callable[[int], bool]) -> Callable[[int], bool]:
+        """Whether to end a job, asked between its steps, as ``halt`` says and the owner; rests first.
+
+        Rest follows the processor's time, for a machine that was asleep has not worked.
+        """
+        worked = time.thread_time()
+
+        def over(steps: int) -> bool:
+            nonlocal worked
+            if self.job_steps is not None and steps >= self.job_steps:
+                return True
+            wake = time.monotonic() + (time.thread_time() - worked) * (1 / self.duty - 1)
+            while not halt(steps) and (left := wake - time.monotonic()) > 0:
+                time.sleep(min(left, _NAP))
+            worked = time.thread_time()
+            return halt(steps)
+
+        return over
 
     def quiet(self, now: datetime.datetime) -> float:
         """Seconds until the quiet hours are over; 0 outside them."""

@@ -69,8 +69,10 @@ class Workshop:
         require_room(self._policy, f.task)
         work = Work(job.client, Job(job.number, job.phase, tree), private)
         began, watch = time.perf_counter(), Watch(self._policy, f.task.device)
-        made = train(Data(f, f.recipe.seed), work, halt=lambda steps: halt(steps) or watch.over())
+        over = self._policy.within(lambda steps: halt(steps) or watch.over())
+        made = train(Data(f, f.recipe.seed), work, halt=over)
         watch.require()
+        over(made.steps)  # there is rest after the last step, too
         seconds = time.perf_counter() - began
         sound = all(bool(t.isfinite().all()) for t in made.update.values() if t.is_floating_point())
         if not (math.isfinite(made.loss) and sound):

@@ -8,12 +8,14 @@ import hashlib
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from floor import Floor, checked, end, play, small, submit
 
+from hansa.client import policy
 from hansa.client.agent import Config, read_config
 from hansa.client.check import check
 from hansa.client.outbox import Outbox, entry
@@ -117,6 +119,32 @@ def test_the_owner_decides(tmp_path: Path) -> None:
         Policy(code={f"{code}:Mine": digest}).require(own, "d" * 64, 6)
 
 
+def test_the_owner_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of a second of the processor each, and a machine that sleeps for an hour in one of them."""
+    worked, now = 0.0, 0.0
+    recalled = False
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    clock = SimpleNamespace(thread_time=lambda: worked, monotonic=lambda: now, sleep=sleep)
+    monkeypatch.setattr(policy, "time", clock)
+    over = Policy(duty=0.25, job_steps=3).within(lambda steps: recalled)
+    assert not over(0)
+    assert now == 0
+    for steps, asleep in ((1, 0.0), (2, 3600.0)):
+        worked, now = worked + 1, now + 1 + asleep
+        before = now
+        assert not over(steps)
+        assert now - before == pytest.approx(3.0)
+    assert over(3)
+    other = Policy(duty=0.25).within(lambda steps: recalled)
+    worked, recalled, before = worked + 1, True, now
+    assert other(1)  # nobody rests when the coordinator asks for what there is
+    assert now == before
+
+
 @pytest.mark.parametrize(
     ("hours", "now", "seconds"),
     [
@@ -144,6 +172,8 @@ def test_quiet_hours(hours: str, now: str, seconds: int) -> None:
         ('name = "a"\nclients = [0]\n[policy]\nquiet_hours = "noon"', "policy.quiet_hours"),
         ('name = "a"\nclients = [0]\n[policy]\njob_seconds = 0', "policy.job_seconds"),
         ('name = "a"\nclients = [0]\nprecision = "fp8"', "agent.precision"),
+        ('name = "a"\nclients = [0]\n[policy]\nduty = 0.0', "policy.duty"),
+        ('name = "a"\nclients = [0]\n[policy]\njob_steps = 0', "policy.job_steps"),
         ("clients = [0]", "agent.name"),
     ],
 )
