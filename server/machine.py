@@ -31,9 +31,11 @@ from hansa.server.evaluation import Evaluation
 from hansa.server.events import Event
 from hansa.server.jobs import Open, infos, plain
 from hansa.strategies.catalog import Federation
+from hansa.strategies.periodic import Periodic
 from hansa.strategies.evaluate import is_personal, panel
 
 _PATIENCE = 3  # jobs that a client may fail in a row before it is left alone until its agent is back
+_TICK = 0.01  # seconds between two ticks, at least
 
 Verdict = Literal["counted", "late"]
 Score = Callable[[Hub], tuple[dict[str, float], ClientScores | None]]
@@ -79,6 +81,13 @@ class Machine:
                 f.topology.kind,
                 "a coordinator is a server, and a gossip network has none",
                 'use topology.kind = "star", or run it in the simulator',
+            )
+        if isinstance(f.schedule, Periodic) and f.schedule.interval < _TICK:
+            raise InputError(
+                "schedule.interval",
+                f.schedule.interval,
+                "every tick is an event of the coordinator's log, and no agent does anything in so little time",
+                f"use {_TICK:g} or more",
             )
         with ALONE:
             self.hub = Hub(f.task, f.algorithm, f.schedule, clients=f.clients, seed=f.recipe.seed)

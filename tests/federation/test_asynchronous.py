@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from typing import Any, NamedTuple
 
+import grpc
 import pytest
 import torch
 from floor import Floor, checked, end, play, small, submit
@@ -23,6 +24,7 @@ from hansa.core.algorithm import Job
 from hansa.core.recipe import Recipe
 from hansa.core.store import RunStore
 from hansa.core.trees import Tree, add, subtract, tree_map
+from hansa.core.wire import federation_pb2 as pb
 from hansa.server.events import EventLog
 from hansa.strategies.catalog import assemble
 from hansa.strategies.local import Data, Trained, Work, train
@@ -271,7 +273,7 @@ def test_anarchic_silos_come_when_they_like(floor: Floor) -> None:
         """There for a while and away for a while, again and again."""
         while True:
             visits[i] += 1
-            agent = floor.agent(f"a{i}", share=f"{i}/3")
+            agent = floor.agent(f"a{i}", share=f"{i}/3", policy=Policy(duty=0.1))
             there = asyncio.create_task(agent.run())
             try:
                 await asyncio.sleep(0.5)
@@ -401,3 +403,34 @@ def test_a_deadline_closes_a_round_without_the_slow(floor: Floor, monkeypatch: p
     with RunStore.open(floor.runs / run) as store:
         first = store.participation(1)
     assert list(first["outcome"][first["client"] == 5]) == ["discarded"]
+
+
+BUFFER = {"name": "buffered", "k": 2, "concurrency": 4}
+
+
+@pytest.mark.parametrize(
+    ("sections", "field"),
+    [
+        ({"algorithm": {"name": "fedasync", "server_lr": 1.2}, "schedule": BUFFER}, "algorithm.server_lr"),
+        ({"schedule": {**BUFFER, "k": 5}}, "schedule.concurrency"),
+        ({"schedule": {"name": "periodic", "interval": 0.0}}, "schedule.interval"),
+        ({"schedule": {"name": "periodic", "interval": 0.001}}, "schedule.interval"),
+        ({"schedule": BUFFER, "weights": {"frequency": "known"}}, "weights.seconds"),
+        ({"schedule": BUFFER, "weights": {"frequency": "known", "seconds": [1.0, 2.0]}}, "weights.seconds"),
+        ({"schedule": BUFFER, "weights": {"max_staleness": -1}}, "weights.max_staleness"),
+        ({"algorithm": {"name": "favano"}, "schedule": {"name": "periodic"}}, "schedule.recall"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_when_they_are_submitted(
+    floor: Floor, sections: dict[str, Any], field: str
+) -> None:
+    async def scene() -> None:
+        async with floor.coordinator() as control:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await submit(control, small(model=PLAIN, **sections))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert field in (caught.value.details() or "")
+            listed: pb.RunList = await control.List(pb.ListRequest())
+            assert not listed.runs
+
+    play(scene())
