@@ -309,7 +309,7 @@ def test_anarchic_silos_come_when_they_like(floor: Floor) -> None:
 def test_backup_workers_are_not_waited_for(floor: Floor) -> None:
     recipe = small(
         model=PLAIN,
-        train={"epochs": 4, "batch_size": 4, "lr": 0.05},
+        train={"epochs": 2, "batch_size": 8, "lr": 0.05},
         schedule={"name": "backup", "cohort": 6, "window": 4},
         stop={"rounds": 12},
     )
