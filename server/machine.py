@@ -31,8 +31,8 @@ from hansa.server.evaluation import Evaluation
 from hansa.server.events import Event
 from hansa.server.jobs import Open, infos, plain
 from hansa.strategies.catalog import Federation
-from hansa.strategies.periodic import Periodic
 from hansa.strategies.evaluate import is_personal, panel
+from hansa.strategies.periodic import Periodic
 
 _PATIENCE = 3  # jobs that a client may fail in a row before it is left alone until its agent is back
 _TICK = 0.01  # seconds between two ticks, at least
@@ -86,7 +86,7 @@ class Machine:
             raise InputError(
                 "schedule.interval",
                 f.schedule.interval,
-                "every tick is an event of the coordinator's log, and no agent does anything in so little time",
+                "every tick is an event of the log, and no agent does anything in so little time",
                 f"use {_TICK:g} or more",
             )
         with ALONE:
