@@ -19,7 +19,6 @@ import torch
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
-from hansa.core import store as module
 from hansa.core.algorithm import Report
 from hansa.core.errors import InputError, RunError
 from hansa.core.reducer import Judgement
@@ -35,6 +34,7 @@ from hansa.core.store import (
     export,
     new_run_directory,
     runs,
+    schema,
 )
 
 RECIPE = '[algorithm]\nname = "fedavg"\n'
@@ -414,7 +414,7 @@ def test_a_damaged_or_newer_database(tmp_path: Path, statement: str, message: st
 
 def test_a_newer_database_with_other_tables_is_called_newer(tmp_path: Path) -> None:
     create(tmp_path).close()
-    damage(tmp_path, f"UPDATE schema_version SET version = {module.SCHEMA_VERSION + 1}")
+    damage(tmp_path, f"UPDATE schema_version SET version = {schema.SCHEMA_VERSION + 1}")
     damage(tmp_path, "DROP TABLE metrics")
     with pytest.raises(RunError, match="newer Hansa"):
         RunStore.open(tmp_path)
@@ -436,7 +436,7 @@ def test_an_older_database_is_read_as_it_is_and_brought_up_to_date_when_written(
         assert store.summary().rounds == 1
         assert version() == 1  # nothing is written by looking
         store.append(dataclasses.replace(round_(2, job(0)), verdicts=VERDICTS))
-    assert version() == module.SCHEMA_VERSION
+    assert version() == schema.SCHEMA_VERSION
     assert [row[:3] for row in table(tmp_path, "verdicts")] == [(2, 0, 5), (2, 1, 3), (2, 2, 8)]
 
 
@@ -553,7 +553,7 @@ def test_any_database_url(tmp_path: Path) -> None:
 
 def test_the_schema_is_not_sqlites_alone() -> None:
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
-    for table in module._metadata.sorted_tables:
+    for table in schema.metadata.sorted_tables:
         assert "WITHOUT ROWID" not in str(CreateTable(table).compile(dialect=dialect))
 
 
