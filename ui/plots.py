@@ -9,6 +9,7 @@ ColorBrewer's sequential *Blues* for quantities, where nothing is white.
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -452,7 +453,7 @@ def compare(
     for (name, (x, y)), colour, dash in zip(
         series.items(), _repeat(CATEGORIES), _repeat(dashes), strict=False
     ):
-        _line(axes, np.asarray(x, float) / scale, y, colour, label=_plain(name), linestyle=dash)
+        _line(axes, np.asarray(x, float) / scale, y, colour, label=_plain(name, lines=2), linestyle=dash)
         width = np.asarray((deviations or {}).get(name, 0.0), float)
         if width.any():
             low, high = np.asarray(y, float) - width, np.asarray(y, float) + width
@@ -621,9 +622,11 @@ def _largest(arrays: Iterable[ArrayLike]) -> float:
     return max((float(np.max(array, initial=0)) for array in arrays), default=0.0)
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, lines: int = 1) -> str:
     """``text`` as it stands: no formula between dollar signs, no hiding behind an underscore."""
-    text = text if len(text) <= 40 else text[:39] + "…"
+    room = 40 * lines
+    text = text if len(text) <= room else text[: room - 1] + "…"
+    text = textwrap.fill(text, 40) if lines > 1 else text
     return ("\u200a" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
