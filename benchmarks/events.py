@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=20_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    run(1_000, min(arguments.working, 1_000), arguments.k, 10 * arguments.k)  # what is loaded on first use
     for clients in sorted(arguments.clients):
         seconds = run(clients, arguments.working, arguments.k, arguments.events)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
