@@ -7,8 +7,8 @@
 idx files (``-ubyte.gz``). Every trial is written to ``--results`` as it ends; the same command goes on from
 there. Where step sizes are tuned, all schemes of a table try four on seed 0, a factor of two apart, and up to
 two more beyond a border at which the best lies; the table tells seeds 1 to 3, and whether the best still lies
-at the border. Where a whole job counts as one gradient (FAVANO) the grid is eight times as high. Nothing is tuned
-for arrivals, which tells seeds 1 to 5.
+at the border. Where a whole job counts as one gradient (FAVANO) the grid is eight times as high.
+Nothing is tuned for arrivals, which tells seeds 1 to 5.
 
 time      seconds to 72 % on Fashion-MNIST: 100 clients, Dirichlet(0.3), tenfold spread of speeds
 arrivals  AFA-CD and AFA-CS, one class a client, uniform and biased arrivals
