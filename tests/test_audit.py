@@ -87,7 +87,9 @@ def _field_changed(lines: list[bytes], index: int, name: str) -> bytes:
     return b"".join([*lines[:index], line, *lines[index + 1 :]])
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 @given(data=st.data())
 def test_every_change_is_found(whole: tuple[Path, bytes, bytes], data: st.DataObject) -> None:
     folder, log, head = whole

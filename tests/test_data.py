@@ -69,8 +69,7 @@ def rows(*parts: Examples) -> list[tuple[float, ...]]:
 
 def test_digits_are_all_there_and_split_class_by_class() -> None:
     train, test = load(DigitsData(), 0)
-    digits = load_digits()
-    x, y = np.asarray(digits["data"]), np.asarray(digits["target"])
+    x, y = map(np.asarray, load_digits(return_X_y=True))
     assert train.x.shape[1:] == (1, 8, 8)
     assert rows(train, test) == sorted(map(tuple, (x / 16).tolist()))
     assert train.classes == tuple("0123456789")

@@ -85,8 +85,7 @@ def synthetic_domains(saved: Callable[[Mapping[str, Array]], Table]) -> Callable
 
     def build(seed: int) -> Table:
         rng = np.random.default_rng(seed)
-        digits = load_digits()
-        x, y = np.asarray(digits["data"]), np.asarray(digits["target"])
+        x, y = map(np.asarray, load_digits(return_X_y=True))
         x = x.reshape(-1, 1, 8, 8) / 16
 
         def noisy(images: Array, deviation: float) -> Array:

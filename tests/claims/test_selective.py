@@ -29,8 +29,7 @@ def fine_tuning(saved: Saved) -> FineTuning:
     """``fine_tuning(seed)``: an MLP of four layers knows digits; ten clients have them moved by a pixel."""
 
     def build(seed: int) -> dict[str, Any]:
-        digits = load_digits()
-        x, y = np.asarray(digits["data"]), np.asarray(digits["target"])
+        x, y = map(np.asarray, load_digits(return_X_y=True))
         x = (x.reshape(-1, 1, 8, 8) / 16).astype(np.float32)
         moved = np.pad(x, ((0, 0), (0, 0), (0, 0), (1, 0)))[..., :-1]
         before, train, test = np.split(np.random.default_rng(seed).permutation(len(x))[:1700], [700, 1100])
