@@ -83,12 +83,13 @@ class Trials:
         self._known = {key: Outcome(**told) for key, told in map(json.loads, lines)}
 
     def run(self, sections: Table) -> Outcome:
-        """The outcome of a recipe, remembered or new. ``data`` is what :func:`images` is told."""
+        """The outcome of a recipe, remembered or new. ``data`` with a name is what :func:`images` is told."""
         key = json.dumps(sections, sort_keys=True)
         if key not in self._known:
-            self._known[key] = found = _run(
-                {**sections, "data": images(self._path.parent, **sections["data"])}
-            )
+            data = sections["data"]
+            if "name" in data:
+                data = images(self._path.parent, **data)
+            self._known[key] = found = _run({**sections, "data": data})
             with self._path.open("a") as file:
                 file.write(json.dumps([key, asdict(found)]) + "\n")
         return self._known[key]
