@@ -26,7 +26,9 @@ class Coordinator:
 
     def __init__(self, address: str, identity: Path | None = None, *, patience: float = 20.0) -> None:
         self.address, self._patience = address, patience
+        self._remedy = "start one: `hansa coordinator start`"
         if identity is None:
+            self._remedy += "; if it goes by certificates, name the folder of yours in HANSA_IDENTITY"
             check_loopback("--on", address)
             self._channel = grpc.insecure_channel(address, options=OPTIONS)
         else:
@@ -120,6 +122,6 @@ class Coordinator:
                 "--on",
                 self.address,
                 f"no coordinator answers ({details})",
-                "start one: `hansa coordinator start`",
+                self._remedy,
             )
         return RunError(f"{self.address}: {details}")
