@@ -32,7 +32,6 @@ from hansa.server.events import Event
 from hansa.server.jobs import Open, infos, plain
 from hansa.strategies.catalog import Federation
 from hansa.strategies.evaluate import is_personal, panel
-from hansa.strategies.periodic import Periodic
 
 _PATIENCE = 3  # jobs that a client may fail in a row before it is left alone until its agent is back
 _TICK = 0.01  # seconds between two ticks, at least
@@ -82,13 +81,15 @@ class Machine:
                 "a coordinator is a server, and a gossip network has none",
                 'use topology.kind = "star", or run it in the simulator',
             )
-        if isinstance(f.schedule, Periodic) and f.schedule.interval < _TICK:
-            raise InputError(
-                "schedule.interval",
-                f.schedule.interval,
-                "every tick is an event of the log, and no agent does anything in so little time",
-                f"use {_TICK:g} or more",
-            )
+        for key in ("interval", "deadline"):
+            seconds = getattr(f.schedule, key, None)
+            if seconds is not None and seconds < _TICK:
+                raise InputError(
+                    f"schedule.{key}",
+                    seconds,
+                    "every tick is an event of the log, and no agent does anything in so little time",
+                    f"use {_TICK:g} or more",
+                )
         with ALONE:
             self.hub = Hub(f.task, f.algorithm, f.schedule, clients=f.clients, seed=f.recipe.seed)
         self._f, self._load, self._score = f, load, score

@@ -356,9 +356,13 @@ class Simulator:
 
     def _drop(self, job: Open, outcome: Outcome) -> None:
         self._close(job)
-        self._lost_in_a_row += outcome == "lost"
+        schedule = self._f.schedule
+        self._lost_in_a_row += outcome == "lost" or not schedule.synchronous
         if self._lost_in_a_row > max(1000, _PATIENCE * self._f.clients):
             lost = f"{self._lost_in_a_row} jobs were lost, one after the other, and none came back"
+            if outcome == "discarded":
+                deadline = getattr(schedule, "deadline", None)
+                raise InputError("schedule.deadline", deadline, lost, "give a job the seconds that it takes")
             if self._population.always_there:
                 remedy = "lower it"
                 raise InputError("population.dropout", self._population.dropout, lost, remedy)

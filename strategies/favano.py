@@ -32,6 +32,7 @@ from hansa.core.trees import Tree, add, pick, put_under, take_under
 from hansa.core.weights import Weights
 from hansa.strategies.fedavg import FedAvg
 from hansa.strategies.luq import quantise
+from hansa.strategies.periodic import Periodic
 
 PAST = "favano"  # a client's contacts, those that found work done, and the steps in all
 
@@ -61,7 +62,7 @@ class FAVANO(FedAvg):
     def check(self, task: Task, schedule: Schedule) -> None:
         """Clients are contacted at random, whatever they have done."""
         super().check(task, schedule)
-        if schedule.synchronous or not schedule.recalls:
+        if not (isinstance(schedule, Periodic) and schedule.recalls):
             raise InputError(
                 "schedule.recall",
                 None,

@@ -38,13 +38,13 @@ def frequencies(schedule: Schedule, seconds: Sequence[float]) -> tuple[float, ..
     """
     times = np.asarray(seconds, float)
     match schedule:
-        case Buffered():
+        case Buffered(deadline=None):
             rates = 1.0 / (times + _idle(times, schedule.concurrency))
             found = schedule.k * rates / rates.sum()
         case Periodic(recall=None):
             # A quotient a hair above a whole number is that number.
             found = 1.0 / np.maximum(np.ceil(times / schedule.interval * (1 - 1e-12)), 1.0)
-        case Periodic(recall=int(recall)):
+        case Periodic(recall=int(recall), deadline=None):
             found = np.full(len(times), min(recall / len(times), 1.0))
         case Rounds() if type(schedule) is Rounds and not schedule.recalls:
             found = np.full(len(times), min(schedule.cohort / len(times), 1.0))

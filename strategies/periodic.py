@@ -34,9 +34,10 @@ from hansa.core.values import replace
 
 @dataclass(frozen=True, kw_only=True)
 class PeriodicProgress(Progress):
-    """``contacted``: recalled at the last tick and awaited; ``ticking``: the first alarm is set."""
+    """``contacted``: recalled at the moment ``at`` and awaited; ``ticking``: the first alarm is set."""
 
     contacted: frozenset[int] = frozenset()
+    at: float = 0.0
     ticking: bool = False
 
 
@@ -51,12 +52,15 @@ class Periodic:
     recall: at each tick, contact this many clients drawn at random, finished or not, and take what they
         have; without it the step takes whoever has finished.
     minimum: fewest updates that make a step; where clients were lost and there are fewer, these wait.
+    deadline: seconds after which, at the next tick, a contacted client that keeps silent is not waited for:
+        its job is thrown away and it is given another. Without, the clock waits.
     """
 
     stop: Stopping = field(default_factory=Stopping)
     interval: float = 10.0
     recall: int | None = None
     minimum: int = 1
+    deadline: float | None = None
 
     source: ClassVar[str] = "Fraboni et al., arXiv 2206.10189"
 
@@ -81,6 +85,13 @@ class Periodic:
             self.minimum,
             "it is below 1" if self.minimum < 1 else f"a step of {self.recall} can never reach it",
             f"use 1 to {self.recall}" if self.recall else "use 1 or more",
+        )
+        require(
+            self.deadline is None or (self.recall is not None and 0 < self.deadline < math.inf),
+            "deadline",
+            self.deadline,
+            "nobody is waited for" if self.recall is None else "it is not a number of seconds",
+            "leave it out" if self.recall is None else "give positive seconds, or leave it out",
         )
 
     @property
@@ -131,24 +142,36 @@ class Periodic:
                 return self._maybe_step(p)
             case Tick(token):
                 alarm = Wake(now + self.interval, token + 1)
-                p, commands = self._tick(p, token)
+                p, commands = self._tick(p, token, now)
                 return p, (*commands, alarm)
             case Aggregated(score) if p.aggregating:
                 return self._after_step(p, score, now)
             case _:
                 return p, ()
 
-    def _tick(self, p: PeriodicProgress, token: int) -> tuple[PeriodicProgress, tuple[Command, ...]]:
+    def _tick(
+        self, p: PeriodicProgress, token: int, now: float
+    ) -> tuple[PeriodicProgress, tuple[Command, ...]]:
         if p.aggregating or p.contacted:  # the last step is still under way: skip this tick
-            return p, ()
+            late = self.deadline is not None and not p.aggregating and now - p.at >= self.deadline
+            return self._without(p, sorted(p.contacted & p.roster.busy)) if late else (p, ())
         if self.recall is None:
             return self._step(p, p.returned)
         candidates = sorted(p.roster.busy | set(p.returned))
         order = generator(p.seed, "contact", token).permutation(len(candidates))[: self.recall]
-        p = replace(p, contacted=frozenset(candidates[i] for i in order))
+        p = replace(p, contacted=frozenset(candidates[i] for i in order), at=now)
         recalled = tuple(Recall(client, partial=True) for client in sorted(p.contacted & p.roster.busy))
         p, commands = self._maybe_step(p)
         return p, (*recalled, *commands)
+
+    def _without(
+        self, p: PeriodicProgress, silent: list[int]
+    ) -> tuple[PeriodicProgress, tuple[Command, ...]]:
+        """Go on with those that have answered."""
+        roster = p.roster.ended(*silent)
+        p, sent = self._dispatch(replace(p, roster=roster, contacted=p.contacted - {*silent}), silent)
+        p, step = self._maybe_step(p)
+        return p, (*map(Recall, silent), *sent, *step)
 
     def _maybe_step(self, p: PeriodicProgress) -> tuple[PeriodicProgress, tuple[Command, ...]]:
         if p.aggregating or not p.contacted or p.contacted & p.roster.busy:

@@ -518,6 +518,10 @@ def test_known_frequencies_match_what_happens(
         ({"topology": {"kind": "ring"}, "weights": {"target": "uniform"}}, "weights"),
         ({"algorithm": {"name": "favano"}, "schedule": {"name": "periodic"}}, "schedule.recall"),
         ({"algorithm": {"name": "favano"}, "schedule": {"name": "rounds"}}, "schedule.recall"),
+        (
+            {"algorithm": {"name": "favano"}, "schedule": {"name": "buffered", "deadline": 9.0}},
+            "schedule.recall",
+        ),
         ({"algorithm": {"name": "favano", "bits": 1}}, "algorithm.bits"),
         ({"algorithm": {"name": "favano", "floor": 0.0}}, "algorithm.floor"),
         ({"algorithm": {"name": "co2"}, "schedule": {"name": "buffered"}}, "schedule.name"),
@@ -526,6 +530,13 @@ def test_known_frequencies_match_what_happens(
         ({"weights": {"frequency": "known", "seconds": [1.0]}}, "weights.seconds"),
         (
             {"schedule": {"name": "backup"}, "weights": {"frequency": "known", "seconds": [1.0] * 20}},
+            "weights.frequency",
+        ),
+        (
+            {
+                "schedule": {"name": "buffered", "deadline": 9.0},
+                "weights": {"frequency": "known", "seconds": [1.0] * 20},
+            },
             "weights.frequency",
         ),
     ],

@@ -66,6 +66,7 @@ class Engine:
     population: int = 0
     away: set[int] = field(default_factory=set)
     open: dict[int, int] = field(default_factory=dict)  # client -> phase of its dispatch
+    sent: dict[int, float] = field(default_factory=dict)  # client -> when
     recalled: set[int] = field(default_factory=set)  # asked for what they have
     waiting: list[int] = field(default_factory=list)  # updates that arrived and are not used
     aggregating: Aggregate | None = None
@@ -112,7 +113,7 @@ class Engine:
             case Dispatch(client, phase):
                 assert client in self.idle
                 assert 0 <= phase < self.phases
-                self.open[client] = phase
+                self.open[client], self.sent[client] = phase, self.now
             case Recall(client, partial=True):
                 assert client in self.open
                 assert client not in self.recalled
@@ -120,6 +121,7 @@ class Engine:
             case Recall(client):
                 assert client in self.open or client in self.waiting
                 self.open.pop(client, None)
+                self.recalled.discard(client)
                 self.waiting = [each for each in self.waiting if each != client]
             case Aggregate(clients):
                 assert self.aggregating is None
@@ -266,12 +268,15 @@ def rounds(draw: st.DrawFn) -> Rounds:
 @st.composite
 def buffered(draw: st.DrawFn) -> Buffered:
     k = draw(st.integers(1, 4))
-    return Buffered(stop=draw(stoppings()), k=k, concurrency=k + draw(st.integers(0, 3)))
+    deadline = draw(st.none() | st.sampled_from([1.0, 4.0]))
+    return Buffered(stop=draw(stoppings()), k=k, concurrency=k + draw(st.integers(0, 3)), deadline=deadline)
 
 
 @st.composite
 def periodic(draw: st.DrawFn) -> Periodic:
-    return Periodic(stop=draw(stoppings()), interval=2.0, recall=draw(st.none() | st.integers(1, 4)))
+    recall = draw(st.none() | st.integers(1, 4))
+    deadline = draw(st.none() | st.sampled_from([1.0, 4.0])) if recall else None
+    return Periodic(stop=draw(stoppings()), interval=2.0, recall=recall, deadline=deadline)
 
 
 def histories(engine: Engine, data: st.DataObject) -> Any:
@@ -315,6 +320,9 @@ def test_buffered_keeps_its_promises(schedule: Buffered, data: st.DataObject) ->
         else:
             assert len(engine.waiting) < schedule.k
             assert len(engine.open) == schedule.concurrency or not engine.idle
+            for client in engine.open.keys() - set(engine.waiting):
+                assert engine.now <= engine.sent[client] + (schedule.deadline or math.inf)
+        assert len(engine.alarms) <= (schedule.deadline is not None)
 
 
 @repeatable
@@ -612,6 +620,34 @@ def test_every_refill_is_a_new_draw() -> None:
     assert len(set(drawn)) == 30
 
 
+def test_a_job_past_its_deadline_is_thrown_away_and_another_takes_its_slot() -> None:
+    engine = started(Buffered(k=2, concurrency=2, deadline=5.0), clients=6)
+    a, b = dispatched(engine.commands)
+    assert engine.said()[-1] == Wake(5.0, 2)
+    engine.let_pass(1.0)
+    engine.give_back(a)
+    (c,) = dispatched(engine.commands)
+    engine.ring()
+    assert engine.now == 5.0
+    (d,) = dispatched(engine.commands)
+    assert engine.said() == (Recall(b), Dispatch(d), Wake(6.0, 4))  # the alarm is for c, sent at 1
+    engine.give_back(c)
+    assert engine.said() == (Aggregate((a, c)),)
+
+
+def test_a_deadline_does_not_take_the_update_that_waits() -> None:
+    engine = started(Buffered(k=2, concurrency=2, deadline=5.0), clients=2)
+    engine.give_back(0)
+    assert dispatched(engine.commands) == [0]
+    engine.ring()  # 0 and 1 are late, but a recall would throw away what 0 sent before, too
+    assert engine.said() == (Recall(1), Dispatch(1), Wake(10.0, 4))
+    engine.give_back(1)
+    assert engine.said() == (Aggregate((0, 1)),)
+    engine.finish_step()
+    assert engine.said()[0] == Recall(0)
+    assert sorted(dispatched(engine.commands)) == [0, 1]
+
+
 # Periodic, by hand.
 
 
@@ -652,6 +688,16 @@ def test_a_client_that_was_contacted_and_comes_back_anew_goes_to_work_at_once() 
     assert engine.said() == (Aggregate((0,)),)
 
 
+def test_a_contacted_client_that_stays_silent_is_not_waited_for_for_ever() -> None:
+    engine = started(Periodic(interval=4.0, recall=2, deadline=6.0), clients=2)
+    engine.ring()
+    engine.give_back(1)
+    engine.ring()  # 4 s after the contact
+    assert engine.said() == (Wake(12.0, 3),)
+    engine.ring()
+    assert engine.said() == (Recall(0), Dispatch(0), Aggregate((1,)), Wake(16.0, 4))
+
+
 def test_periodic_does_not_recall_those_who_have_finished() -> None:
     engine = started(Periodic(interval=4.0, recall=2), clients=2)
     engine.give_back(1)
@@ -676,10 +722,13 @@ def test_periodic_does_not_recall_those_who_have_finished() -> None:
         (Rounds, {"cohort": 2, "minimum": 3}, "schedule.minimum"),
         (Buffered, {"k": 0}, "schedule.k"),
         (Buffered, {"k": 3, "concurrency": 2}, "schedule.concurrency"),
+        (Buffered, {"deadline": 0.0}, "schedule.deadline"),
         (Periodic, {"interval": 0.0}, "schedule.interval"),
         (Periodic, {"interval": math.nan}, "schedule.interval"),
         (Periodic, {"interval": math.inf}, "schedule.interval"),
         (Periodic, {"recall": 0}, "schedule.recall"),
+        (Periodic, {"recall": 2, "deadline": math.inf}, "schedule.deadline"),
+        (Periodic, {"deadline": 5.0}, "schedule.deadline"),
     ],
 )
 def test_impossible_schedules_are_refused(kind: Any, wrong: dict[str, Any], field: str) -> None:

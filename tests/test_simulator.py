@@ -387,6 +387,23 @@ def test_gossip_sends_to_each_neighbour_in_each_mixing_step(quadratic: Build) ->
     assert (round.bytes_up, round.bytes_down) == (4 * 8 * 2 * 3, 4 * 8 * 2 * 3)
 
 
+def test_a_job_past_its_deadline_is_thrown_away_and_the_rest_goes_on(quadratic: Build) -> None:
+    # Client 0 takes a second, client 1 nine, with which it is begun anew every three.
+    schedule = Buffered(stop=Stopping(rounds=7), k=1, concurrency=2, deadline=3.0)
+    federation = quadratic(FedAvg(), [1] * 2, [[1], [2]], local=HALF, schedule=schedule)
+    ending, rounds = play(federation, Trace(factors=(1.0, 9.0)))
+    assert [r.time for r in rounds] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    thrown = [(r.time, p.client) for r in rounds for p in r.participants if p.outcome == "discarded"]
+    assert thrown == [(4.0, 1), (7.0, 1)]  # at 3 and 6 s, told of with the next step
+    assert ending.params["w"].item() == after(7, 1.0)
+
+
+def test_a_deadline_in_which_no_job_can_be_done_is_refused(quadratic: Build) -> None:
+    schedule = Buffered(k=1, concurrency=2, deadline=0.5)
+    with pytest.raises(InputError, match=r"schedule\.deadline = 0\.5: 1001 jobs were lost"):
+        play(quadratic(FedAvg(), [1] * 2, [[1], [2]], local=HALF, schedule=schedule))
+
+
 # Evaluation, attacks, errors.
 
 

@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from typing import Any, NamedTuple
 
@@ -405,6 +406,43 @@ def test_a_deadline_closes_a_round_without_the_slow(floor: Floor, monkeypatch: p
     assert list(first["outcome"][first["client"] == 5]) == ["discarded"]
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"name": "buffered", "k": 1, "concurrency": 1, "deadline": 0.5},
+        {"name": "periodic", "interval": 0.2, "recall": 6, "deadline": 0.5},
+    ],
+)
+def test_an_agent_that_is_there_and_never_done_is_not_waited_for(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch, schedule: dict[str, Any]
+) -> None:
+    over = threading.Event()
+
+    def hangs(data: Data, work: Work, *, halt: Callable[[int], bool]) -> Trained:
+        if work.client == 5:
+            over.wait()  # whatever it is told
+        return train(data, work, halt=halt)
+
+    monkeypatch.setattr(workshop, "train", hangs)
+
+    async def scene() -> str:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32))  # for jobs that hang
+        async with floor.coordinator() as control, floor.agents(6):
+            try:
+                run = await submit(control, small(model=PLAIN, schedule=schedule, stop={"rounds": 12}))
+                _, status = await end(control, run)
+            finally:
+                over.set()
+            assert status.reason == "made 12 rounds"
+            return run
+
+    run = play(scene())
+    assert checked(floor, run).rounds == 12
+    record = jobs(floor, run)
+    assert set(record["outcome"][record["client"] == 5]) == {"discarded"}
+    assert set(record["client"][record["outcome"] == "folded"]) <= {0, 1, 2, 3, 4}
+
+
 BUFFER = {"name": "buffered", "k": 2, "concurrency": 4}
 
 
@@ -415,6 +453,7 @@ BUFFER = {"name": "buffered", "k": 2, "concurrency": 4}
         ({"schedule": {**BUFFER, "k": 5}}, "schedule.concurrency"),
         ({"schedule": {"name": "periodic", "interval": 0.0}}, "schedule.interval"),
         ({"schedule": {"name": "periodic", "interval": 0.001}}, "schedule.interval"),
+        ({"schedule": {**BUFFER, "deadline": 0.001}}, "schedule.deadline"),
         ({"schedule": BUFFER, "weights": {"frequency": "known"}}, "weights.seconds"),
         ({"schedule": BUFFER, "weights": {"frequency": "known", "seconds": [1.0, 2.0]}}, "weights.seconds"),
         ({"schedule": BUFFER, "weights": {"max_staleness": -1}}, "weights.max_staleness"),
