@@ -26,7 +26,7 @@ from hansa.strategies.catalog import assemble
 
 Table = Mapping[str, Any]
 MORE = 2  # rates that may be tried beyond the border of the grid
-TAIL = 10  # evaluations whose mean is the accuracy at the end
+TAIL = 0.1  # of a run's time: the mean accuracy of it is the accuracy at the end
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class Outcome:
     reached: whether the target stopped it.
     rounds, updates: hub steps, and client updates folded.
     best: the highest accuracy met.
-    final: the mean of the last accuracies, as many as ``TAIL``.
     curve: virtual seconds, updates, megabytes and accuracy at every evaluation.
     """
 
@@ -48,8 +47,13 @@ class Outcome:
     rounds: int
     updates: int
     best: float
-    final: float
     curve: Sequence[Sequence[float]] = field(repr=False)
+
+    @property
+    def final(self) -> float:
+        """The mean accuracy of the last ``TAIL`` of the time, however often a scheme is evaluated."""
+        since = (1 - TAIL) * self.seconds
+        return statistics.mean(accuracy for at, *_, accuracy in self.curve if at >= since)
 
 
 def images(folder: Path, name: str, train: int, test: int) -> Table:
@@ -116,7 +120,6 @@ def _run(sections: Table) -> Outcome:
         rounds=ending.rounds,
         updates=updates,
         best=max(met),
-        final=statistics.mean(met[-TAIL:]),
         curve=curve,
     )
 
