@@ -19,12 +19,13 @@ from hansa.core.reducer import Mean, Reducer
 from hansa.core.schedule import Schedule
 from hansa.core.task import Batch, LocalWork, Metrics, Task
 from hansa.core.trees import Tree, pick
+from hansa.core.values import value
 from hansa.core.weights import Weights, default_weights
 
 Carry = dict[str, Tree]  # what one client holds between two local steps
 
 
-@dataclass(frozen=True)
+@value()
 class Job:
     """Hub → client.
 
@@ -42,7 +43,7 @@ class Job:
     keys: frozenset[str] | None = None
 
 
-@dataclass(frozen=True)
+@value()
 class Report:
     """What the hub knows of an update besides its tensors.
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -21,8 +20,6 @@ from hansa.core.algorithm import Algorithm, Job, Report, State
 from hansa.core.reducer import Collect, Judgement, Mean
 from hansa.core.schedule import (
     Aggregate,
-    Arrivals,
-    Command,
     Dispatch,
     Event,
     Left,
@@ -30,20 +27,20 @@ from hansa.core.schedule import (
     Returned,
     Schedule,
     Stop,
-    Swift,
     Wake,
+    live,
 )
 from hansa.core.sums import joined
 from hansa.core.task import Task
 from hansa.core.trees import Tree, concatenate, pick, put_under, row, squared_norm, take_under
-from hansa.core.values import made, replace
+from hansa.core.values import value
 from hansa.core.weights import Ledger
 
 _SPECTRUM = 400  # peers of whom a spectrum is computed in every step in which others take part
 _SPARSE = 16  # one entry of a mixing matrix in so many, or fewer, is worth a sparse product
 
 
-@dataclass(frozen=True)
+@value()
 class Send:
     """Order: give ``client`` this job."""
 
@@ -51,7 +48,7 @@ class Send:
     job: Job
 
 
-@dataclass(frozen=True)
+@value()
 class Fold:
     """Order: hand over the updates of these reports, in this order, then close the step."""
 
@@ -62,7 +59,8 @@ class Fold:
 Order = Send | Recall | Fold | Wake | Stop
 
 
-class Flight(NamedTuple):
+@value()
+class Flight:
     """An open dispatch: what the hub must remember of it."""
 
     number: int
@@ -85,9 +83,7 @@ class Hub:
     ) -> None:
         self.task, self.algorithm, self.schedule = task, algorithm, schedule
         self.state = self._first_state(clients)
-        self._entered: Any = schedule.start(seed)  # progress, but for the arrivals since
-        self._arrivals: Arrivals | None = None
-        self._swift = schedule if isinstance(schedule, Swift) else None
+        self._live = live(schedule, schedule.start(seed))
         self._jobs: dict[int, int] = {}  # client -> jobs sent
         self._flights: dict[int, Flight] = {}
         self._reports: dict[int, list[Report]] = {}  # arrived, not folded
@@ -105,19 +101,19 @@ class Hub:
     def on(self, event: Event, now: float) -> list[Order]:
         """Take an event, give orders."""
         orders: list[Order] = []
-        for command in self._commands(event, now):
+        for command in self._live.on(event, now):
             match command:
-                case Dispatch(client, phase):
-                    job = self._issue(client, self.algorithm.phases[phase], now)
-                    orders.append(made(Send, client=client, job=job))
-                case Recall(client, partial):
-                    if not partial:
-                        self._flights.pop(client, None)
-                        self._reports.pop(client, None)
+                case Dispatch():
+                    job = self._issue(command.client, self.algorithm.phases[command.phase], now)
+                    orders.append(Send(command.client, job))
+                case Recall():
+                    if not command.partial:
+                        self._flights.pop(command.client, None)
+                        self._reports.pop(command.client, None)
                     orders.append(command)
-                case Aggregate(clients, phase):
-                    name = self.algorithm.phases[phase]
-                    self._folding = self._counted(tuple(map(self._take_report, clients)), name)
+                case Aggregate():
+                    name = self.algorithm.phases[command.phase]
+                    self._folding = self._counted(tuple(map(self._take_report, command.clients)), name)
                     self._acc = self.algorithm.fold(name).init()
                     self._squares = 0.0
                     orders.append(Fold(self._folding, name))
@@ -127,17 +123,7 @@ class Hub:
 
     @property
     def _progress(self) -> Any:
-        if self._arrivals is not None:
-            self._entered, self._arrivals = self._arrivals.progress(), None
-        return self._entered
-
-    def _commands(self, event: Event, now: float) -> Sequence[Command]:
-        if self._swift is not None and isinstance(event, Returned):
-            if self._arrivals is None:
-                self._arrivals = self._swift.arrivals(self._entered)
-            return self._arrivals.returned(event.client, now)
-        self._entered, commands = self.schedule.on(self._progress, event, now)
-        return commands
+        return self._live.progress()
 
     def lost(self, client: int, now: float) -> list[Order]:
         """A client went away: its open dispatch ends; an update that has arrived stays."""
@@ -147,16 +133,9 @@ class Hub:
     def receive(self, client: int, *, examples: int, steps: int, now: float) -> list[Order]:
         """An update has arrived; its tensors are asked for when they are due."""
         flight = self._flights.pop(client)
-        report = made(
-            Report,
-            client=client,
-            number=flight.number,
-            phase=flight.phase,
-            examples=examples,
-            steps=steps,
-            staleness=self.state.version - flight.version,
-            dispatched=flight.dispatched,
-            returned=now,
+        staleness = self.state.version - flight.version
+        report = Report(
+            client, flight.number, flight.phase, examples, steps, staleness, flight.dispatched, now
         )
         self._reports.setdefault(client, []).append(report)
         return self.on(Returned(client), now)
@@ -176,7 +155,7 @@ class Hub:
             self._ledger.enter(each.client, each.examples)
         steps = self.state.version + 1
         return tuple(
-            replace(
+            dataclasses.replace(
                 each,
                 share=self._ledger.share(each.client),
                 frequency=self._ledger.frequency(each.client, steps),
@@ -189,7 +168,7 @@ class Hub:
         self._jobs[client] = number + 1
         self._flights[client] = Flight(number, phase, self.state.version, now)
         payload, keys = self._payload(client, phase)
-        return made(Job, number=number, phase=phase, payload=payload, keys=keys)
+        return Job(number, phase, payload, keys)
 
     def _payload(self, client: int, phase: str) -> tuple[Tree, frozenset[str] | None]:
         return self.algorithm.issue(self.task, self.state, client, phase)
@@ -298,12 +277,13 @@ class Hub:
         tensors = put_under("params", self.state.params)
         for slot, tree in self.state.slots.items():
             tensors |= put_under(f"slots/{slot}", tree)
+        progress = self._progress
         facts = {
             "version": self.state.version,
             "slots": sorted(self.state.slots),
-            "progress": TypeAdapter(type(self._progress)).dump_python(self._progress, mode="json"),
+            "progress": TypeAdapter(type(progress)).dump_python(progress, mode="json"),
             "jobs": sorted(self._jobs.items()),
-            "flights": [[client, each._asdict()] for client, each in self._flights.items()],
+            "flights": [[client, dataclasses.asdict(each)] for client, each in self._flights.items()],
             "ledger": self._ledger.snapshot() if self._ledger is not None else [],
             "reports": [dataclasses.asdict(each) for waiting in self._reports.values() for each in waiting],
         }
@@ -322,7 +302,8 @@ class Hub:
             slots={slot: self._ordered(take_under(f"slots/{slot}", tensors)) for slot in facts["slots"]},
             version=facts["version"],
         )
-        self._entered = TypeAdapter(type(self._progress)).validate_python(facts["progress"])
+        progress = TypeAdapter(type(self._progress)).validate_python(facts["progress"])
+        self._live = live(self.schedule, progress)
         self._jobs = dict(facts["jobs"])
         if self._ledger is not None:
             self._ledger.restore(facts["ledger"])

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 ALONE = threading.RLock()
 """Held by whoever seeds torch's global generator for a purpose while other threads may do so, too."""
 
+_BLOCK = 256
 _STEP, _FIRST, _SECOND, _LAST = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 2**64 - 1
 
 
@@ -75,9 +76,25 @@ def hashed(seed: int, purpose: str, *numbers: int) -> int:
     return z
 
 
+def among(seed: int, purpose: str, number: int, *numbers: int) -> int:
+    """:func:`hashed`, where many draws are wanted that differ in ``number``: neighbours are made at once."""
+    return int(_neighbours(seed, purpose, number // _BLOCK, *numbers).item(number % _BLOCK))
+
+
+@functools.lru_cache(2**13)
+def _neighbours(seed: int, purpose: str, block: int, *numbers: int) -> NDArray[np.uint64]:
+    first = block * _BLOCK
+    return hashes(seed, purpose, np.arange(first, first + _BLOCK), *(np.array([each]) for each in numbers))
+
+
+def unit(word: int) -> float:
+    """A number in (0, 1), both excluded, by 52 of a word's bits."""
+    return ((word >> 12) + 0.5) * 2.0**-52
+
+
 def uniform(seed: int, purpose: str, *numbers: int) -> float:
-    """A number uniform in (0, 1), both excluded: 52 bits of :func:`hashed`."""
-    return ((hashed(seed, purpose, *numbers) >> 12) + 0.5) * 2.0**-52
+    """A number uniform in (0, 1), both excluded: :func:`hashed`, as :func:`unit` makes it."""
+    return unit(hashed(seed, purpose, *numbers))
 
 
 def hashes(seed: int, purpose: str, *numbers: NDArray[np.int64]) -> NDArray[np.uint64]:

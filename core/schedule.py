@@ -10,45 +10,45 @@ or one :class:`Recall` that discards.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from hansa.core.errors import InputError
-from hansa.core.randomness import generator, hashed
-from hansa.core.values import made, replace
+from hansa.core.randomness import among, generator
+from hansa.core.values import replace, value
 
 
 # Events: what an engine tells a schedule.
-@dataclass(frozen=True)
+@value()
 class Joined:
     """Clients are there (again) and idle. A ``range`` says so of a million at the price of one."""
 
     clients: Sequence[int]
 
 
-@dataclass(frozen=True)
+@value()
 class Left:
     """A client went away; what it was doing is lost."""
 
     client: int
 
 
-@dataclass(frozen=True)
+@value()
 class Returned:
     """A client's update has arrived."""
 
     client: int
 
 
-@dataclass(frozen=True)
+@value()
 class Tick:
     """The alarm set by :class:`Wake` with this token rang."""
 
     token: int
 
 
-@dataclass(frozen=True)
+@value()
 class Aggregated:
     """The hub finished the last :class:`Aggregate`.
 
@@ -64,7 +64,7 @@ Event = Joined | Left | Returned | Tick | Aggregated
 
 
 # Commands: what a schedule asks of its engine, to be obeyed in order.
-@dataclass(frozen=True)
+@value()
 class Dispatch:
     """Send ``client`` a job of the algorithm's phase number ``phase``."""
 
@@ -72,7 +72,7 @@ class Dispatch:
     phase: int = 0
 
 
-@dataclass(frozen=True)
+@value()
 class Recall:
     """End a client's job now.
 
@@ -84,7 +84,7 @@ class Recall:
     partial: bool = False
 
 
-@dataclass(frozen=True)
+@value()
 class Aggregate:
     """Make one step of the hub from the updates of ``clients``, in this order.
 
@@ -95,7 +95,7 @@ class Aggregate:
     phase: int = 0
 
 
-@dataclass(frozen=True)
+@value()
 class Wake:
     """Send :class:`Tick` with this token at time ``at``."""
 
@@ -103,7 +103,7 @@ class Wake:
     token: int
 
 
-@dataclass(frozen=True)
+@value()
 class Stop:
     """The run is over."""
 
@@ -183,7 +183,7 @@ class Members(Set[int]):
         """The same base with other changes; they become a base of their own when they are many."""
         plus, minus = frozenset(plus), frozenset(minus)
         if (changes := len(plus) + len(minus)) <= _CHANGES or changes**2 <= len(self.base):
-            return made(Members, base=self.base, plus=plus, minus=minus)
+            return Members(self.base, plus, minus)
         return Members((self.base - minus) | plus)
 
 
@@ -231,22 +231,7 @@ class Roster:
 
     def draw(self, count: int, seed: int, purpose: str, number: int) -> tuple[int, ...]:
         """``count`` idle clients (or as many as there are), uniformly without replacement."""
-        idle = self.idle
-        count = min(count, idle)
-        if not count:
-            return ()
-        if count == 1 and idle * _TRIES >= self.population:
-            return (_met(self.population, self.busy, self.away, seed, purpose, number),)
-        rng = generator(seed, purpose, number)
-        if (count + self.population - idle) * 2 >= self.population:  # few are left: list them
-            free = self._free()
-            return tuple(free[i] for i in rng.permutation(len(free))[:count])
-        chosen: dict[int, None] = {}  # many are left: draw until enough differ, whatever the population
-        while len(chosen) < count:
-            for client in rng.integers(self.population, size=count - len(chosen)).tolist():
-                if client not in self.away and client not in self.busy:
-                    chosen[client] = None
-        return tuple(chosen)
+        return _drawn(self, self.busy, self._free, count, seed, purpose, number)
 
     def _free(self) -> list[int]:
         """The idle clients, in order."""
@@ -260,51 +245,92 @@ class Roster:
 _TRIES = 16  # draws of a client that it may take, on average, to meet an idle one
 
 
+def _drawn(
+    roster: Roster,
+    busy: Set[int],
+    free: Callable[[], list[int]],
+    count: int,
+    seed: int,
+    purpose: str,
+    number: int,
+) -> tuple[int, ...]:
+    """:meth:`Roster.draw`; ``busy`` stands for the roster's, and ``free`` lists the idle in order."""
+    population, away = roster.population, roster.away
+    idle = population - len(away) - len(busy)
+    count = min(count, idle)
+    if not count:
+        return ()
+    if count == 1 and idle * _TRIES >= population:
+        return (_met(population, busy, away, seed, purpose, number),)
+    if idle == 1:
+        return tuple(free())
+    rng = generator(seed, purpose, number)
+    if (count + population - idle) * 2 >= population:  # few are left: list them
+        listed = free()
+        return tuple(listed[i] for i in rng.permutation(len(listed))[:count])
+    chosen: dict[int, None] = {}  # many are left: draw until enough differ, whatever the population
+    while len(chosen) < count:
+        for client in rng.integers(population, size=count - len(chosen)).tolist():
+            if client not in away and client not in busy:
+                chosen[client] = None
+    return tuple(chosen)
+
+
 def _met(
     population: int, busy: Container[int], away: Container[int], seed: int, purpose: str, number: int
 ) -> int:
     for attempt in itertools.count():
-        client = hashed(seed, purpose, number, attempt) % population
+        client = among(seed, purpose, number, attempt) % population
         if client not in busy and client not in away:
             return client
     raise AssertionError
 
 
 class Slots:
-    """A roster in which one client ends a job and another begins one, time and again, changed in place.
+    """A roster that is changed in place, for schedules in which few clients begin or end at a time.
 
     Attributes
     ----------
-    taken: how many are at work.
-    free: whether enough are idle for a few hashed draws to find one, as :meth:`Roster.draw` would.
+    busy: who is at work.
     """
 
     def __init__(self, roster: Roster) -> None:
-        self._roster, busy = roster, roster.busy
-        self._base, self._plus, self._minus = busy.base, set(busy.plus), set(busy.minus)
-        self.taken = len(busy)
-        self.free = (roster.idle + 1) * _TRIES >= roster.population
+        self._there, self.busy = replace(roster, busy=Members()), set(roster.busy)
+        self._idle: set[int] | None = None  # known once it was asked for
 
-    def __contains__(self, client: object) -> bool:
-        """Whether a client is at work."""
-        return client in self._plus or (client in self._base and client not in self._minus)
+    def joined(self, event: Joined) -> None:
+        """Clients came (back)."""
+        self._there, self._idle = self._there.joined(event), None
 
-    def turn(self, ended: int, seed: int, purpose: str, number: int) -> int:
-        """End a client's job; who is drawn to begin one."""
-        if ended in self._base:
-            self._minus.add(ended)
-        else:
-            self._plus.discard(ended)
-        client = _met(self._roster.population, self, self._roster.away, seed, purpose, number)
-        if client in self._base:
-            self._minus.discard(client)
-        else:
-            self._plus.add(client)
-        return client
+    def left(self, client: int) -> None:
+        """A client went away."""
+        self._there, self._idle = self._there.left(client), None
+        self.busy.discard(client)
+
+    def begin(self, clients: Iterable[int]) -> None:
+        """Jobs were sent."""
+        self.busy.update(clients)
+        if self._idle is not None:
+            self._idle.difference_update(clients)
+
+    def end(self, client: int) -> None:
+        """A job came back."""
+        self.busy.remove(client)
+        if self._idle is not None:
+            self._idle.add(client)
+
+    def draw(self, count: int, seed: int, purpose: str, number: int) -> tuple[int, ...]:
+        """As :meth:`Roster.draw`."""
+        return _drawn(self._there, self.busy, self._free, count, seed, purpose, number)
+
+    def _free(self) -> list[int]:
+        if self._idle is None:
+            self._idle = set(self.roster()._free())
+        return sorted(self._idle)
 
     def roster(self) -> Roster:
         """The roster as it is now."""
-        return replace(self._roster, busy=self._roster.busy.changed(self._plus, self._minus))
+        return replace(self._there, busy=Members(frozenset(self.busy)))
 
 
 class Schedule(Protocol):
@@ -344,25 +370,44 @@ class Schedule(Protocol):
         ...
 
 
-class Arrivals(Protocol):
-    """Progress on which arrivals are entered in place, one after the other."""
+class Live(Protocol):
+    """A schedule under way: its progress is its own, and may be changed in place."""
 
-    def returned(self, client: int, now: float) -> tuple[Command, ...]:
-        """The commands that :meth:`Schedule.on` gives for ``Returned(client)``."""
+    def on(self, event: Event, now: float, /) -> Sequence[Command]:
+        """Commands."""
         ...
 
     def progress(self) -> Any:
-        """The progress that it gives."""
+        """The progress, as :meth:`Schedule.on` gives it after the same events."""
         ...
 
 
 @runtime_checkable
 class Swift(Protocol):
-    """A schedule that can do without a new progress for every arrival, of which there are most."""
+    """A schedule that needs no new progress for every event. Its ``on`` is one event of what is live."""
 
-    def arrivals(self, progress: Any, /) -> Arrivals:
-        """Arrivals from here on."""
+    def live(self, progress: Any, /) -> Live:
+        """The schedule from here on."""
         ...
+
+
+class _Stepwise:
+    """Any schedule, live."""
+
+    def __init__(self, schedule: Schedule, progress: Any) -> None:
+        self._schedule, self._progress = schedule, progress
+
+    def on(self, event: Event, now: float) -> Sequence[Command]:
+        self._progress, commands = self._schedule.on(self._progress, event, now)
+        return commands
+
+    def progress(self) -> Any:
+        return self._progress
+
+
+def live(schedule: Schedule, progress: Any) -> Live:
+    """The schedule from here on."""
+    return schedule.live(progress) if isinstance(schedule, Swift) else _Stepwise(schedule, progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,12 +441,12 @@ def require(condition: bool, name: str, value: object, problem: str, remedy: str
 __all__ = [
     "Aggregate",
     "Aggregated",
-    "Arrivals",
     "Command",
     "Dispatch",
     "Event",
     "Joined",
     "Left",
+    "Live",
     "Members",
     "Progress",
     "Recall",
@@ -414,5 +459,6 @@ __all__ = [
     "Swift",
     "Tick",
     "Wake",
+    "live",
     "require",
 ]

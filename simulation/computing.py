@@ -11,7 +11,8 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from hansa.core.errors import DivergedError, InputError
 from hansa.core.hub import Hub
 from hansa.core.sums import BLOCK
 from hansa.core.trees import Tree, concatenate, put_under, row, stack, take_under
-from hansa.core.values import made
+from hansa.core.values import value
 from hansa.simulation.bank import Bank
 from hansa.simulation.cohort import Results, Stacked, Trainer, Work
 from hansa.simulation.stopwatch import Stopwatch
@@ -32,7 +33,8 @@ from hansa.strategies.catalog import Federation
 Forge = Callable[[Sequence["Open"], Tree], Tree]
 
 
-class Rows(NamedTuple):
+@value()
+class Rows:
     """One update among those that were computed with it: a row of [k, ...]."""
 
     stacked: Tree
@@ -225,8 +227,7 @@ class Computing:
     def _works(self, jobs: Sequence[Open]) -> list[Work]:
         privates = [self._bank[job.client] for job in jobs] if self._stateful else [{}] * len(jobs)
         return [
-            made(Work, client=job.client, job=job.job, private=private, steps=job.cut)
-            for job, private in zip(jobs, privates, strict=True)
+            Work(job.client, job.job, private, job.cut) for job, private in zip(jobs, privates, strict=True)
         ]
 
     def _keep(self, due: Sequence[Open], flying: Iterable[Open]) -> None:
@@ -252,7 +253,7 @@ class Computing:
             for job in flying
             if job.update is None and not job.lost and id(job) not in chosen and job.job.phase == phase
         ]
-        return heapq.nsmallest(wanted, able, key=lambda job: (job.ends, job.client))
+        return heapq.nsmallest(wanted, able, key=attrgetter("ends", "client"))
 
     def _computed(self, jobs: Sequence[Open]) -> tuple[Tree, Tree]:
         """(updates, privates) of jobs, stacked, from all workers."""
@@ -359,17 +360,18 @@ def _joined(stacks: Sequence[Tree]) -> Tree:
 
 def _gathered(rows: Sequence[Rows]) -> Tree:
     """Updates that were computed with different others, side by side [k, ...]."""
-    groups: dict[int, tuple[Tree, list[int]]] = {}
-    for place, (stacked, _) in enumerate(rows):
-        if (group := groups.get(id(stacked))) is None:
-            group = groups[id(stacked)] = stacked, []
-        group[1].append(place)
+    if len(rows) == 1:
+        at = rows[0].at
+        return {name: each[at : at + 1] for name, each in rows[0].stacked.items()}
+    groups: dict[int, list[int]] = {}
+    for place, each in enumerate(rows):
+        groups.setdefault(id(each.stacked), []).append(place)
     whole = {name: each.new_empty((len(rows), *each.shape[1:])) for name, each in rows[0].stacked.items()}
-    for stacked, places in groups.values():
+    for places in groups.values():
         sources = [rows[place].at for place in places]
-        for name, each in stacked.items():
-            to, of = torch.tensor([places, sources], device=each.device)
-            whole[name].index_copy_(0, to, each.index_select(0, of))
+        for name, tensor in rows[places[0]].stacked.items():
+            to, of = torch.tensor([places, sources], device=tensor.device)
+            whole[name].index_copy_(0, to, tensor.index_select(0, of))
     return whole
 
 

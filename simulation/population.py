@@ -18,7 +18,7 @@ import numpy as np
 
 from hansa.core.data import FederatedData
 from hansa.core.errors import InputError
-from hansa.core.randomness import uniform
+from hansa.core.randomness import among, uniform, unit
 from hansa.simulation.traces import Sessions, devices, sessions
 
 _normal = NormalDist().inv_cdf
@@ -148,7 +148,7 @@ class Population:
         """Factor on the time of every step of a client; 1 is the fastest kind."""
         if self.speeds == "equal":
             return 1.0
-        u = uniform(seed, "speed", self.device(client))
+        u = unit(among(seed, "speed", self.device(client)))
         match self.speeds:
             case "uniform":
                 return 1.0 + u * (self.spread - 1.0)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 
@@ -24,7 +24,6 @@ from hansa.core.hub import Fold, Hub, Order, PeerHub, Send
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import Outcome, Participation, Round, Verdicts
 from hansa.core.trees import Tree, flatten, movement, put_under, take_under, unflatten
-from hansa.core.values import made
 from hansa.simulation import checkpoint
 from hansa.simulation.attacks import Attack
 from hansa.simulation.bank import Bank
@@ -45,14 +44,8 @@ _PATIENCE = 20  # jobs per client that may be lost in a row before a run is give
 _RETURN, _LOSE, _LEAVE, _COME, _RECOVER, _TICK = range(6)
 
 
-class _Alarm(NamedTuple):
-    """An event to come: when (microseconds), of what kind, a tie-breaker, and about whom or what."""
-
-    at: int
-    kind: int
-    order: int
-    subject: int
-    number: int
+# An event to come: when (microseconds), of what kind, a tie-breaker, and about whom or what.
+_Alarm = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +184,7 @@ class Simulator:
                 raise Interrupted(f"stopped after round {self.hub.state.version}")
             if self.hub.state.version - self._saved >= patience:
                 self._save()
-            if not alarms or (not self._open and all(alarm.kind == _TICK for alarm in alarms)):
+            if not alarms or (not self._open and all(kind == _TICK for _, kind, *_ in alarms)):
                 raise self._nobody_comes()
             self._ring(heapq.heappop(alarms))
         return self._reason
@@ -244,7 +237,7 @@ class Simulator:
                 return
 
     def _set(self, at: int, kind: int, subject: int, number: int = 0) -> None:
-        heapq.heappush(self._alarms, _Alarm(at, kind, next(self._alarm_order), subject, number))
+        heapq.heappush(self._alarms, (at, kind, next(self._alarm_order), subject, number))
 
     def _ring(self, alarm: _Alarm) -> None:
         at, kind, _, client, number = alarm
@@ -281,8 +274,8 @@ class Simulator:
     def _obey(self, orders: Sequence[Order]) -> None:
         for order in orders:
             match order:
-                case Send(client, job):
-                    self._send(client, job)
+                case Send():
+                    self._send(order.client, order.job)
                 case Recall(client, partial):
                     self._recall(client, partial)
                 case Wake(at, token):  # at the next microsecond at the earliest, or time would stand still
@@ -295,7 +288,7 @@ class Simulator:
     # Jobs.
 
     def _send(self, client: int, job: Job) -> None:
-        f, population = self._f, self._population
+        f, population, now = self._f, self._population, self._now / 1e6
         if mine := self._open.get(client):
             self._computing.settle([job for job in mine.values() if job.update is None], self._flying())
         planned = f.algorithm.work(f.work, job.phase).count(
@@ -315,14 +308,7 @@ class Simulator:
         duration = round(seconds * 1e6)
         drop = population.drops_at(self._seed, client, job.number)
         self._open.setdefault(client, {})[job.number] = Open(
-            client=client,
-            job=job,
-            sent=self._now / 1e6,
-            starts=self._now / 1e6 + there,
-            ends=self._now + duration,
-            step_seconds=step_seconds,
-            planned=planned,
-            lost=drop is not None,
+            client, job, now, now + there, self._now + duration, step_seconds, planned, drop is not None
         )
         if drop is None:
             self._set(self._now + duration, _RETURN, client, job.number)
@@ -388,8 +374,7 @@ class Simulator:
         returned: float | None = None,
     ) -> None:
         self._participants.append(
-            made(
-                Participation,
+            Participation(
                 client=job.client,
                 phase=job.job.phase,
                 examples=self._examples[job.client],
@@ -533,7 +518,7 @@ class Simulator:
             "hub": hub_facts,
             "jobs": [job.facts(stored) for job in self._flying()],
             "now": self._now,
-            "alarms": [[a.at, a.kind, a.order, a.subject, a.number] for a in sorted(self._alarms)],
+            "alarms": sorted(self._alarms),
             "checks": [self._f.task.foldable, getattr(self._trainer, "sound", None)],
             "tier": self._trainer.tier if isinstance(self._trainer, Measured) else None,
             "resting": sorted(self._resting),
@@ -564,8 +549,10 @@ class Simulator:
         self.hub.restore(take_under("hub", tensors), facts["hub"])
         self._bank.restore(take_under("private", tensors), facts["private"], bank)
         self._now = facts["now"]
-        self._alarms = [_Alarm(*each) for each in facts["alarms"]]
-        self._alarm_order = itertools.count(1 + max((a.order for a in self._alarms), default=-1))
+        self._alarms = [
+            (at, kind, order, subject, number) for at, kind, order, subject, number in facts["alarms"]
+        ]
+        self._alarm_order = itertools.count(1 + max((order for _, _, order, *_ in self._alarms), default=-1))
         self._f.task.foldable, sound = facts["checks"]
         if isinstance(self._trainer, FusedTrainer | Measured):
             self._trainer.sound = sound

@@ -6,6 +6,7 @@ Source: FedBuff, Nguyen et al., arXiv 2106.06639, Algorithm 1. With ``k = 1`` it
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -21,7 +22,6 @@ from hansa.core.schedule import (
     Progress,
     Recall,
     Returned,
-    Roster,
     Slots,
     Stop,
     Stopping,
@@ -29,7 +29,7 @@ from hansa.core.schedule import (
     Wake,
     require,
 )
-from hansa.core.values import made, replace
+from hansa.core.values import replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,91 +110,96 @@ class Buffered:
         self, p: BufferedProgress, event: Event, now: float
     ) -> tuple[BufferedProgress, tuple[Command, ...]]:
         """Next progress and commands."""
-        if p.stopped:
-            return p, ()
-        match event:
-            case Joined():
-                return self._go_on(p, p.roster.joined(event), p.returned, now)
-            case Left(client):
-                return self._go_on(p, p.roster.left(client), p.returned, now)
-            case Returned(client) if client in p.roster.busy:
-                return self._go_on(p, p.roster.ended(client), (*p.returned, client), now)
-            case Tick():
-                return self._go_on(replace(p, alarmed=False), p.roster, p.returned, now)
-            case Aggregated(score) if p.aggregating:
-                p = replace(p, step=p.step + 1, aggregating=False)
-                if reason := self.stop.reached(p.step, now, score):
-                    return replace(p, stopped=True), (Stop(reason),)
-                return self._go_on(p, p.roster, p.returned, now)
-            case _:
-                return p, ()
+        live = self.live(p)
+        commands = live.on(event, now)
+        return live.progress(), commands
 
-    def arrivals(self, p: BufferedProgress) -> _Arrivals:
-        """Arrivals from here on."""
-        return _Arrivals(self, p)
-
-    def _go_on(
-        self, p: BufferedProgress, roster: Roster, returned: tuple[int, ...], now: float
-    ) -> tuple[BufferedProgress, tuple[Command, ...]]:
-        if p.aggregating:  # slots are refilled with the newer model, right after the step
-            return replace(p, roster=roster, returned=returned), ()
-        if len(returned) >= self.k:
-            due, rest = returned[: self.k], returned[self.k :]
-            return replace(p, roster=roster, returned=rest, aggregating=True), (Aggregate(due),)
-        if self.deadline is not None:
-            return self._in_time(p, roster, returned, now, self.deadline)
-        p, sent = self._refill(p, roster, returned)
-        return p, tuple(Dispatch(client) for client in sent)
-
-    def _refill(
-        self, p: BufferedProgress, roster: Roster, returned: tuple[int, ...]
-    ) -> tuple[BufferedProgress, tuple[int, ...]]:
-        chosen = roster.draw(self.concurrency - len(roster.busy), p.seed, "slot", p.sent)
-        if chosen:
-            roster = roster.dispatched(*chosen)
-        return replace(p, roster=roster, returned=returned, sent=p.sent + len(chosen)), chosen
-
-    def _in_time(
-        self, p: BufferedProgress, roster: Roster, returned: tuple[int, ...], now: float, deadline: float
-    ) -> tuple[BufferedProgress, tuple[Command, ...]]:
-        open_ = [(at, client) for at, client in p.due if client in roster.busy]
-        late = tuple(client for at, client in open_ if at <= now and client not in returned)
-        p, chosen = self._refill(p, roster.ended(*late), returned)
-        due = (
-            *((at, client) for at, client in open_ if client not in late),
-            *((now + deadline, client) for client in chosen),
-        )
-        alarm = () if p.alarmed else tuple(Wake(at, p.sent) for at, _ in due if at > now)[:1]
-        p = replace(p, due=due, alarmed=p.alarmed or bool(alarm))
-        return p, (*map(Recall, late), *map(Dispatch, chosen), *alarm)
+    def live(self, p: BufferedProgress) -> _Live:
+        """The schedule from here on."""
+        return _Live(self, p)
 
 
-class _Arrivals:
-    """Slots that are refilled in place, as long as one is free at a time and the buffer is not full.
-
-    Where there is a deadline, every arrival goes through the schedule.
-    """
+class _Live:
+    """The progress, changed in place."""
 
     def __init__(self, schedule: Buffered, p: BufferedProgress) -> None:
-        self._schedule = schedule
-        self._enter(p)
+        self._schedule, self._before, self._slots = schedule, p, Slots(p.roster)
+        self._step, self._sent, self._returned = p.step, p.sent, list(p.returned)
+        self._aggregating, self._stopped, self._alarmed = p.aggregating, p.stopped, p.alarmed
+        self._due = {client: at for at, client in p.due}  # oldest first
 
-    def _enter(self, p: BufferedProgress) -> None:
-        self._p, self._slots, self._returned, self._sent = p, Slots(p.roster), list(p.returned), p.sent
-        steady = self._slots.taken == self._schedule.concurrency and self._slots.free
-        swift = steady and not (p.aggregating or p.stopped or self._schedule.recalls)
-        self._turns = self._schedule.k - len(p.returned) - 1 if swift else 0
+    def on(self, event: Event, now: float) -> tuple[Command, ...]:
+        if self._stopped:
+            return ()
+        match event:
+            case Returned() if event.client in self._slots.busy:
+                self._slots.end(event.client)
+                self._due.pop(event.client, None)
+                self._returned.append(event.client)
+            case Aggregated() if self._aggregating:
+                self._step, self._aggregating = self._step + 1, False
+                if reason := self._schedule.stop.reached(self._step, now, event.score):
+                    self._stopped = True
+                    return (Stop(reason),)
+            case Joined():
+                self._slots.joined(event)
+            case Left():
+                self._slots.left(event.client)
+                self._due.pop(event.client, None)
+            case Tick():
+                self._alarmed = False
+            case _:
+                return ()
+        return self._go_on(now)
 
-    def returned(self, client: int, now: float) -> tuple[Command, ...]:
-        if self._turns <= 0 or client not in self._slots:
-            p, commands = self._schedule.on(self.progress(), Returned(client), now)
-            self._enter(p)
-            return commands
-        self._turns -= 1
-        chosen = self._slots.turn(client, self._p.seed, "slot", self._sent)
-        self._returned.append(client)
-        self._sent += 1
-        return (made(Dispatch, client=chosen, phase=0),)
+    def _go_on(self, now: float) -> tuple[Command, ...]:
+        if self._aggregating:  # slots are refilled with the newer model, right after the step
+            return ()
+        k, deadline = self._schedule.k, self._schedule.deadline
+        if len(self._returned) >= k:
+            due, self._returned = tuple(self._returned[:k]), self._returned[k:]
+            self._aggregating = True
+            return (Aggregate(due),)
+        if deadline is None:
+            return tuple(map(Dispatch, self._refill()))
+        late = self._late(now)
+        chosen = self._refill()
+        self._due |= dict.fromkeys(chosen, now + deadline)
+        return (*map(Recall, late), *map(Dispatch, chosen), *self._alarm(now))
+
+    def _refill(self) -> tuple[int, ...]:
+        slots = self._slots
+        free = self._schedule.concurrency - len(slots.busy)
+        chosen = slots.draw(free, self._before.seed, "slot", self._sent)
+        slots.begin(chosen)
+        self._sent += len(chosen)
+        return chosen
+
+    def _late(self, now: float) -> list[int]:
+        """Whose jobs end here: past their deadline, and nothing of their client waits in the buffer."""
+        past = itertools.takewhile(lambda each: each[1] <= now, self._due.items())
+        late = [client for client, _ in past if client not in self._returned]
+        for client in late:
+            self._slots.end(client)
+            del self._due[client]
+        return late
+
+    def _alarm(self, now: float) -> tuple[Wake, ...]:
+        """For the next job that may be late, unless an alarm is set."""
+        coming = () if self._alarmed else (Wake(at, self._sent) for at in self._due.values() if at > now)
+        alarm = tuple(itertools.islice(coming, 1))
+        self._alarmed |= bool(alarm)
+        return alarm
 
     def progress(self) -> BufferedProgress:
-        return replace(self._p, roster=self._slots.roster(), returned=tuple(self._returned), sent=self._sent)
+        return replace(
+            self._before,
+            roster=self._slots.roster(),
+            step=self._step,
+            returned=tuple(self._returned),
+            aggregating=self._aggregating,
+            stopped=self._stopped,
+            sent=self._sent,
+            due=tuple((at, client) for client, at in self._due.items()),
+            alarmed=self._alarmed,
+        )

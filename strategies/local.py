@@ -23,10 +23,11 @@ from hansa.core.batches import Ints, Plan
 from hansa.core.randomness import ALONE, torch_generator, word
 from hansa.core.task import Batch
 from hansa.core.trees import Tree
+from hansa.core.values import value
 from hansa.strategies.catalog import Federation
 
 
-@dataclass(frozen=True)
+@value()
 class Work:
     """One job to compute: ``steps`` cuts it short."""
 

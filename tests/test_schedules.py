@@ -20,21 +20,21 @@ from hansa.core.errors import InputError
 from hansa.core.schedule import (
     Aggregate,
     Aggregated,
-    Arrivals,
     Command,
     Dispatch,
     Event,
     Joined,
     Left,
+    Live,
     Recall,
     Returned,
     Roster,
     Schedule,
     Stop,
     Stopping,
-    Swift,
     Tick,
     Wake,
+    live,
 )
 from hansa.strategies.buffered import Buffered, BufferedProgress
 from hansa.strategies.periodic import Periodic, PeriodicProgress
@@ -74,11 +74,12 @@ class Engine:
     steps: int = 0
     stopped: str | None = None
     progress: Any = None
-    arrivals: Arrivals | None = None
+    live: Live = field(init=False)
     commands: tuple[Command, ...] = ()
 
     def __post_init__(self) -> None:
         self.progress = self.schedule.start(self.seed)
+        self.live = live(self.schedule, self.progress)
 
     @property
     def phases(self) -> int:
@@ -95,14 +96,8 @@ class Engine:
         assert again == (progress, commands)  # the same from a copy that went to disk and back
         assert repr(self.progress) == before
         assert self.stopped is None or not commands
-        if isinstance(event, Returned) and isinstance(
-            self.schedule, Swift
-        ):  # entered in place, they say the same
-            self.arrivals = self.arrivals or self.schedule.arrivals(self.progress)
-            assert self.arrivals.returned(event.client, self.now) == commands
-            assert self.arrivals.progress() == progress
-        else:
-            self.arrivals = None
+        assert self.live.on(event, self.now) == commands  # in place, it says the same
+        assert self.live.progress() == progress
         self.progress, self.commands = progress, commands
         for command in commands:
             self.obey(command)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hansa.core.values import value
+
 if TYPE_CHECKING:  # torch is not needed to read
     from hansa.core.algorithm import Report
     from hansa.core.reducer import Judgement
@@ -27,7 +29,7 @@ Outcome = Literal["folded", "discarded", "lost"]
 Status = Literal["running", "finished", "interrupted", "failed", "unreadable"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@value(kw_only=True)
 class Participation:
     """One job that came back, or did not.
 

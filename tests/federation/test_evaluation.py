@@ -221,7 +221,7 @@ def test_a_snapshot_between_any_two_events_goes_on_alike(floor: Floor) -> None:
 
 def _told(done: Round) -> Any:
     clients = None if done.clients is None else [each.tolist() for each in vars(done.clients).values()]
-    return done.index, dict(done.metrics), [vars(each) for each in done.participants], clients
+    return done.index, dict(done.metrics), list(done.participants), clients
 
 
 # What may go wrong.
