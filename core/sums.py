@@ -190,7 +190,7 @@ def _aligned(weights: Tensor, rows: Tensor) -> Tensor:
 def _blockwise(rows: Tensor) -> Tensor:
     """The sums of blocks [g, ...] of rows [k, ...], each added up row after row; the last may lack rows."""
     total = rows[::BLOCK].clone()
-    for i in range(1, BLOCK):
+    for i in range(1, min(BLOCK, len(rows))):
         some = rows[i::BLOCK]
         total[: len(some)] += some
     return total

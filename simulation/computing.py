@@ -21,8 +21,7 @@ from hansa.core.algorithm import Job, Report
 from hansa.core.errors import DivergedError, InputError
 from hansa.core.hub import Hub
 from hansa.core.sums import BLOCK
-from hansa.core.trees import Tree, concatenate, put_under, row, stack, take_under
-from hansa.core.values import value
+from hansa.core.trees import Tree, concatenate, put_under, stack, take_under
 from hansa.simulation.bank import Bank
 from hansa.simulation.cohort import Results, Stacked, Trainer, Work
 from hansa.simulation.stopwatch import Stopwatch
@@ -31,14 +30,6 @@ from hansa.simulation.workers import Part, Workers
 from hansa.strategies.catalog import Federation
 
 Forge = Callable[[Sequence["Open"], Tree], Tree]
-
-
-@value()
-class Rows:
-    """One update among those that were computed with it: a row of [k, ...]."""
-
-    stacked: Tree
-    at: int
 
 
 @dataclass(slots=True)
@@ -55,7 +46,7 @@ class Open:
     lost: bool
     cut: int | None = None
     arrived: bool = False
-    update: Rows | None = None
+    update: Tree | None = None
     private: Tree | None = None
     loss: float | None = None
 
@@ -67,8 +58,7 @@ class Open:
     def facts(self, stored: Callable[[Tree], dict[str, str]]) -> dict[str, Any]:
         """The job for :meth:`restored`, as JSON holds it; ``stored`` puts tensors away and tells where."""
         # What is computed is kept: the private state that such a job started from may be gone by now.
-        update = None if self.update is None else row(self.update.stacked, self.update.at)
-        trees = {"payload": self.job.payload, "update": update, "private": self.private}
+        trees = {"payload": self.job.payload, "update": self.update, "private": self.private}
         return {
             **{name: getattr(self, name) for name in _PLAIN},
             **{name: None if tree is None else stored(tree) for name, tree in trees.items()},
@@ -83,10 +73,7 @@ class Open:
         keys = None if facts["keys"] is None else frozenset(facts["keys"])
         job = Job(facts["number"], facts["phase"], taken(facts["payload"]), keys)
         rest: dict[str, Any] = {name: facts[name] for name in _PLAIN}
-        if facts["update"] is not None:
-            rest["update"] = Rows(stack([taken(facts["update"])]), 0)
-        if facts["private"] is not None:
-            rest["private"] = taken(facts["private"])
+        rest |= {part: taken(facts[part]) for part in ("update", "private") if facts[part] is not None}
         return cls(job=job, **rest)
 
 
@@ -134,7 +121,7 @@ class Computing:
             if missing:
                 self._keep(missing, flying)
             with self._clock("fold"):
-                updates = _gathered([job.update for job in jobs if job.update is not None])
+                updates = stack([job.update for job in jobs if job.update is not None])
         with self._clock("fold"):
             self._hub.fold(
                 reports, updates if forge is None else forge(jobs, updates), _present(jobs, updates)
@@ -235,8 +222,8 @@ class Computing:
         self._choose(due)
         jobs = [*due, *self._ahead(due, flying)]
         updates, privates = self._computed(jobs)
-        for at, job in enumerate(jobs):
-            job.update = Rows(updates, at)
+        for job, update in zip(jobs, _views(updates, len(jobs)), strict=True):
+            job.update = update
         if self._stateful:
             for job, private in zip(jobs, _views(privates, len(jobs)), strict=True):
                 job.private = private
@@ -356,23 +343,6 @@ class _Stack:
 
 def _joined(stacks: Sequence[Tree]) -> Tree:
     return concatenate(stacks) if stacks else {}
-
-
-def _gathered(rows: Sequence[Rows]) -> Tree:
-    """Updates that were computed with different others, side by side [k, ...]."""
-    if len(rows) == 1:
-        at = rows[0].at
-        return {name: each[at : at + 1] for name, each in rows[0].stacked.items()}
-    groups: dict[int, list[int]] = {}
-    for place, each in enumerate(rows):
-        groups.setdefault(id(each.stacked), []).append(place)
-    whole = {name: each.new_empty((len(rows), *each.shape[1:])) for name, each in rows[0].stacked.items()}
-    for places in groups.values():
-        sources = [rows[place].at for place in places]
-        for name, tensor in rows[places[0]].stacked.items():
-            to, of = torch.tensor([places, sources], device=tensor.device)
-            whole[name].index_copy_(0, to, tensor.index_select(0, of))
-    return whole
 
 
 def _views(stacked: Tree, rows: int) -> list[Tree]:

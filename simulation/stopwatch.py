@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class Stopwatch:
@@ -20,20 +18,39 @@ class Stopwatch:
         self._running: list[str] = []
         self._since = 0.0
 
-    @contextmanager
-    def __call__(self, kind: str) -> Iterator[None]:
+    def __call__(self, kind: str) -> _Lap:
         """Count what is done within."""
-        self._turn()
-        self._running.append(kind)
-        try:
-            yield
-        finally:
-            self._turn()
-            self._running.pop()
+        return _Lap(self, kind)
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
+        """Count up to now for the innermost kind."""
         now = time.perf_counter()
         if self._running:
             kind = self._running[-1]
             self.seconds[kind] = self.seconds.get(kind, 0.0) + now - self._since
         self._since = now
+
+    def begin(self, kind: str) -> None:
+        """Count for this kind from now on."""
+        self.turn()
+        self._running.append(kind)
+
+    def end(self) -> None:
+        """Go back to the kind before."""
+        self.turn()
+        self._running.pop()
+
+
+class _Lap:
+    """Work of one kind."""
+
+    __slots__ = ("_clock", "_kind")
+
+    def __init__(self, clock: Stopwatch, kind: str) -> None:
+        self._clock, self._kind = clock, kind
+
+    def __enter__(self) -> None:
+        self._clock.begin(self._kind)
+
+    def __exit__(self, *_: object) -> None:
+        self._clock.end()
