@@ -1,7 +1,8 @@
 """Events per second of the virtual clock and the schedule, without learning: 1,000 clients at work.
 
-A one-number model under FedBuff's schedule; a client's step is left out, so that what is timed is the heap,
-the schedule, the hub's books and the record. An event is an arrival, with the dispatch that follows it.
+A one-number model; a client's step is left out, so that what is timed is the heap, the schedule, the hub's
+books and the record. An event is an arrival, with the dispatch that follows it: FedBuff makes a step of the
+hub of ``--k`` of them, FedAsync one of each.
 
     python benchmarks/events.py
 """
@@ -17,6 +18,7 @@ from unittest import mock
 
 import torch
 
+from hansa.core.algorithm import Algorithm
 from hansa.core.data import Examples, FederatedData, Shards
 from hansa.core.recipe import parse
 from hansa.core.schedule import Stopping
@@ -26,6 +28,7 @@ from hansa.simulation.cohort import Results, Stacked, Work
 from hansa.simulation.population import Population
 from hansa.strategies.buffered import Buffered
 from hansa.strategies.catalog import Federation
+from hansa.strategies.fedasync import FedAsync
 from hansa.strategies.fedbuff import FedBuff
 
 
@@ -44,14 +47,14 @@ class Idle:
             yield Results(part, Stacked(zeros), {}, (0.0,) * len(part))
 
 
-def federation(clients: int, working: int, k: int, steps: int) -> Federation:
+def federation(algorithm: Algorithm, clients: int, working: int, k: int, steps: int) -> Federation:
     """One example a client, and a model of one number."""
     examples = Examples(x=torch.zeros(clients, 1), y=torch.zeros(clients, 1), classes=None)
     shards = Shards(torch.arange(clients), torch.arange(clients + 1))
     return Federation(
         recipe=parse({"evaluation": {"every": 10**9, "clients": 0}, "engine": {"mode": "fused"}}),
         task=Task(torch.nn.Linear(1, 1, bias=False), regression),
-        algorithm=FedBuff(),
+        algorithm=algorithm,
         schedule=Buffered(stop=Stopping(rounds=steps), k=k, concurrency=working),
         topology=None,
         data=FederatedData(train=examples, test=examples, train_shards=shards, test_shards=shards),
@@ -59,9 +62,9 @@ def federation(clients: int, working: int, k: int, steps: int) -> Federation:
     )
 
 
-def run(clients: int, working: int, k: int, events: int) -> float:
+def run(algorithm: Algorithm, clients: int, working: int, k: int, events: int) -> float:
     """Seconds that so many events take."""
-    made = federation(clients, working, k, events // k)
+    made = federation(algorithm, clients, working, k, events // k)
     with mock.patch.object(engine, "trainer", return_value=(Idle(), "nothing is to be learnt")):
         simulator = engine.Simulator(made, Population(speeds="lognormal", spread=10.0))
     began = time.perf_counter()
@@ -79,12 +82,13 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=20_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run(1_000, min(arguments.working, 1_000), arguments.k, 10 * arguments.k)  # what is loaded on first use
-    for clients in sorted(arguments.clients):
-        seconds = run(clients, arguments.working, arguments.k, arguments.events)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        told = f"{arguments.events / seconds:,.0f} events/s, {peak:.2f} GB at most"
-        print(f"{clients:,} clients: {told}", flush=True)
+    run(FedBuff(), 1_000, min(arguments.working, 1_000), arguments.k, 10 * arguments.k)  # loads what is used
+    for algorithm, k in ((FedBuff(), arguments.k), (FedAsync(), 1)):
+        for clients in sorted(arguments.clients):
+            seconds = run(algorithm, clients, arguments.working, k, arguments.events)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            told = f"{arguments.events / seconds:,.0f} events/s, {peak:.2f} GB at most"
+            print(f"{type(algorithm).__name__}, k = {k}, {clients:,} clients: {told}", flush=True)
 
 
 if __name__ == "__main__":
