@@ -10,6 +10,7 @@ Shapes: k jobs of up to T mini-batches and S examples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,12 @@ class Plan:
     positions: Ints
     sizes: Ints
 
+    @cached_property
+    def starts(self) -> Ints:
+        """Examples used before each mini-batch [k, T]."""
+        before: Ints = np.cumsum(self.sizes, axis=1) - self.sizes
+        return before
+
     def cut(self, steps: Ints) -> Plan:
         """The first ``steps[i]`` mini-batches of job i."""
         sizes = np.where(np.arange(self.sizes.shape[1]) < steps[:, None], self.sizes, 0)
@@ -41,10 +48,9 @@ class Plan:
 
     def at(self, step: int, rows: Ints, width: int | None = None) -> Ints:
         """Positions [r, B] of the examples of jobs ``rows`` in a step; short batches repeat their first."""
-        starts = self.sizes[rows, :step].sum(1)
         sizes = self.sizes[rows, step]
         lane = np.arange(sizes.max() if width is None else width)
-        lane = starts[:, None] + np.where(lane < sizes[:, None], lane, 0)
+        lane = self.starts[rows, step, None] + np.where(lane < sizes[:, None], lane, 0)
         found: Ints = self.positions[rows[:, None], lane]
         return found
 

@@ -212,8 +212,8 @@ def folded(task: Task, params: Tree, batch: Batch) -> tuple[Tree, Metrics, Tree]
     with torch.enable_grad():
         moving = {name: params[name].detach().requires_grad_() for name in task.trainable}
         stacked = {**params, **moving, **buffers}
-        with _PerClient(clients, stacked):
-            outputs = task.training_call(stacked, batch["x"].flatten(0, 1))
+        with _PerClient(clients, stacked), task.training_calls(stacked) as model:
+            outputs = model(batch["x"].flatten(0, 1))
         losses = task.objective(outputs, batch["y"].flatten(0, 1))["loss"].view(clients, -1).mean(1)
         grads = torch.autograd.grad(
             losses.sum(), list(moving.values()), allow_unused=True, materialize_grads=True

@@ -7,8 +7,8 @@ parameters and buffers as a :data:`~hansa.core.trees.Tree`, so nothing about one
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
+from torch.nn.utils.stateless import _reparametrize_module
 
 from hansa.core import batches
 from hansa.core.batches import Ints, Plan
@@ -272,11 +273,21 @@ class Task:
         """:meth:`gradient` by ``torch.func``, which vmap can look into."""
         return self.differentiate(self.mean_loss, params, batch)
 
-    def training_call(self, params: Tree, x: Tensor) -> Tensor:
-        """The bare module in training mode; it moves the buffers in ``params`` where they stand."""
-        with self._lowered():
-            out: Tensor = functional_call(self._train, params, (x,))
-        return out.to(self.dtype)
+    @contextmanager
+    def training_calls(self, params: Tree) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The bare module in training mode on ``params``, for many calls.
+
+        It moves the buffers in ``params`` where they stand. Putting tensors into a module and taking them out
+        again costs more than a small layer.
+        """
+
+        def call(x: Tensor) -> Tensor:
+            with self._lowered():
+                out: Tensor = self._train(x)
+            return out.to(self.dtype)
+
+        with _reparametrize_module(self._train, params, tie_weights=True):
+            yield call
 
     def differentiate(
         self,

@@ -12,12 +12,13 @@ Shapes: K clients in a chunk of which A are active, B examples a client and step
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hansa.core.algorithm import Algorithm
 from hansa.core.batches import Ints, Plan
@@ -31,6 +32,8 @@ from hansa.simulation.operations import Fused
 from hansa.simulation.stopwatch import Stopwatch
 from hansa.strategies.catalog import Federation
 from hansa.strategies.fedavg import FedAvg
+
+Model = Callable[[Tensor], Tensor]
 
 _CLIENT_HALF = ("begin", "direction", "step", "change", "finish")
 
@@ -115,32 +118,30 @@ class FusedTrainer:
         with self._clock("data"):
             planned = data.plan(works)
         moving = Moving(task, works, planned.sizes, self._usual)
+        fused = Fused(moving)
         totals = torch.zeros(len(works), dtype=torch.float64, device=task.device)
-        for step in range(moving.sizes.shape[1]):
-            sizes = moving.sizes[:, step]
-            active = np.count_nonzero(sizes)
-            with self._clock("data"):
-                batch = data.batch(planned.at(step, moving.order[:active], moving.width(step)))
-            with self._clock("step"):
-                totals[:active] += self._step(moving, batch["x"], batch["y"], sizes[:active])
+        with task.training_calls(moving.tokens) as model:
+            for step in range(moving.sizes.shape[1]):
+                sizes = moving.sizes[:, step]
+                active = moving.active = int(np.count_nonzero(sizes))
+                with self._clock("data"):
+                    batch = data.batch(planned.at(step, moving.order[:active], moving.width(step)))
+                with self._clock("step"):
+                    totals[:active] += self._step(model, fused, batch["x"], batch["y"], sizes[:active])
         seen = torch.from_numpy(planned.sizes.sum(1)).to(task.device)
         means = moving.back(totals) / seen.clamp_min(1)
         return Results(works, moving, moving.privates(), tuple(means.tolist()))
 
-    def _step(self, moving: Moving, x: torch.Tensor, y: torch.Tensor, sizes: Ints) -> torch.Tensor:
+    def _step(self, model: Model, fused: Fused, x: Tensor, y: Tensor, sizes: Ints) -> Tensor:
         """One step of the first A clients on [A, B] examples; returns sums of their losses [A]."""
-        task, width = self._federation.task, x.shape[1]
-        moving.active = len(sizes)
-        counts = torch.from_numpy(sizes).to(task.device)
+        counts = torch.from_numpy(sizes).to(x.device)[:, None]
+        given = torch.arange(x.shape[1], device=x.device) < counts  # [A, B]; the others fill up
         with torch.enable_grad(), one_thread() if len(sizes) == 1 else nullcontext():
-            with Fused(moving):
-                outputs = task.training_call(moving.tokens, x.flatten(0, 1))
-            values = task.objective(outputs, y.flatten(0, 1))["loss"].view(x.shape[:2])
-            if sizes.min() < width:
-                values = torch.where(torch.arange(width, device=task.device) < counts[:, None], values, 0.0)
-            totals = values.sum(1)
-            torch.autograd.backward(totals, 1.0 / counts.to(totals.dtype))
-        return totals.detach().double()
+            with fused:
+                outputs = model(x.flatten(0, 1))
+            losses = self._federation.task.objective(outputs, y.flatten(0, 1))["loss"].view(given.shape)
+            torch.autograd.backward(losses, given.to(losses.dtype) / counts)
+        return torch.where(given, losses.detach(), 0.0).sum(1).double()
 
 
 def usual(federation: Federation) -> Usual:

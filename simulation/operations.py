@@ -15,7 +15,7 @@ Shapes: A active clients, B examples each.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,17 @@ _FEW_CHANNELS = 8  # below, a convolution of channels-last images is the faster 
 
 
 class Fused(TorchFunctionMode):
-    """Sends operations on the run's parameters to their fused forms."""
+    """Sends operations on the run's parameters to their fused forms; entered once for each forward pass."""
 
     def __init__(self, run: Moving) -> None:
         super().__init__()
         self._run = run
         self._used: set[int] = set()
         self._anchor = torch.zeros((), dtype=run.task.dtype, device=run.task.device, requires_grad=True)
+
+    def __enter__(self) -> Self:
+        self._used.clear()
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
