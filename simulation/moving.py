@@ -127,19 +127,22 @@ class Moving:
     def values(self, name: str) -> Tensor:
         """Weights of the active clients [A, ...], or the common ones [...] while they agree."""
         weights = self.own.get(name, self.dense.get(name))
-        return self.common[name] if weights is None else weights[: self.active]
+        return self.common[name] if weights is None else self._at_work(weights)
+
+    def _at_work(self, rows: Tensor) -> Tensor:
+        return rows if len(rows) == self.active else rows[: self.active]
 
     def history(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """The active clients' factors of every step before: (x_s, g_s)."""
         factors = self.factors.get(name, Factors())
-        return [(x[: self.active], g[: self.active]) for x, g in zip(factors.x, factors.g, strict=True)]
+        return [(self._at_work(x), self._at_work(g)) for x, g in zip(factors.x, factors.g, strict=True)]
 
     def moved(self, name: str) -> Tensor:
         """The active clients' own weights [A, ...], to be changed in place."""
         if name not in self.own:
             common = self.common[name]
             self.own[name] = common.expand(self.clients, *common.shape).clone()
-        return self.own[name][: self.active]
+        return self._at_work(self.own[name])
 
     def descend(self, name: str, grad: Tensor) -> None:
         """``w ← (1 − ηλ) w − η g`` for the active clients; grad [A, ...]."""

@@ -47,9 +47,10 @@ class Fused(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         fused = _OPERATIONS.get(func)
-        names = self._run.names
-        own = {id(each) for each in (*args[1:], *kwargs.values())}.intersection(names)
-        if fused is None or not own:
+        if fused is None:
+            return func(*args, **kwargs)
+        own = self._run.names.keys() & map(id, (*args[1:], *kwargs.values()))
+        if not own:
             return func(*args, **kwargs)
         if own & self._used:
             raise NotImplementedError("a layer used twice: its first use would see weights already moved")
