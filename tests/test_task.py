@@ -206,6 +206,18 @@ def test_a_gradient_leaves_its_arguments_alone() -> None:
     assert not any(each.requires_grad for part in first for each in part.values())
 
 
+def test_many_training_calls_use_the_tensors_given_once_and_leave_the_module_as_it_was() -> None:
+    task, data = Task(mlp(), dtype=F64), batch()
+    doubled = {name: 2 * each for name, each in task.initial.items()}
+    before, twice = (task.train_forward(params, data["x"])[0] for params in (task.initial, doubled))
+    with task.training_calls(doubled) as model:
+        for _ in range(2):
+            torch.testing.assert_close(model(data["x"]), twice, rtol=0, atol=0)
+        with pytest.raises(RuntimeError):
+            model(data["x"][:, :1])
+    torch.testing.assert_close(task.train_forward(task.initial, data["x"])[0], before, rtol=0, atol=0)
+
+
 def test_scores_are_those_of_evaluation_mode() -> None:
     module, data = mlp().double(), batch()
     task = Task(mlp(), dtype=F64)
