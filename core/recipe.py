@@ -13,6 +13,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 import tomllib
 import types
@@ -147,7 +148,7 @@ class Recipe(_Section):
         default="digits",
         pattern=r"^[\w.-]+$",
         title="letters, digits, dots, hyphens and underscores",
-        description="names the run directory",
+        description="names the run directory; by default after the data: its file, or its source",
     )
     seed: int = Field(default=0, ge=0, description="names every random draw of the run")
     data: DataConfig = DigitsData()
@@ -179,11 +180,19 @@ class Recipe(_Section):
                 default = cls.model_fields[section].get_default(call_default_factory=True)
                 default = default.model_dump() if isinstance(default, BaseModel) else default
                 whole[section] = {**default, **given}
-        return whole
+        return {"name": _named_after(whole.get("data")), **whole}
 
     def toml(self) -> str:
         """The recipe as a TOML file that makes it again."""
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def _named_after(data: Any) -> str:
+    """A name for a run that has none."""
+    table = data.model_dump() if isinstance(data, BaseModel) else data if isinstance(data, dict) else {}
+    path, source = table.get("path"), table.get("source", DigitsData().source)
+    first = path[0] if isinstance(path, list | tuple) and path else path
+    return re.sub(r"[^\w.-]+", "-", Path(first).stem if isinstance(first, str) else str(source)) or "run"
 
 
 def load(source: str | Path | None, overrides: Mapping[str, str] | None = None) -> Recipe:

@@ -213,3 +213,20 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str) -> None:
 
 def test_the_empty_recipe_is_the_default_one() -> None:
     assert parse({}) == load(None) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"source": "csv", "path": "/data/Ames housing.csv", "target": "price"}, "Ames-housing"),
+        ({"source": "csv", "path": ["north.csv", "south.csv"], "target": -1}, "north"),
+        ({"source": "npy", "x": "a.npy", "y": "b.npy"}, "npy"),
+        ({"limit": 100}, "digits"),
+    ],
+)
+def test_a_run_without_a_name_is_called_after_its_data(data: dict[str, Any], name: str) -> None:
+    made = parse({"data": data})
+    assert made.name == name
+    assert parse(tomllib.loads(made.toml())) == made
+    assert parse({"data": data, "name": "mine"}).name == "mine"
+    assert Recipe(data=made.data).name == name

@@ -99,7 +99,7 @@ def new_run() -> None:
     changes: dict[str, str] = {}
     left, right = st.columns(2)
     changes["name"] = left.text_input(
-        "Name", str(_at(text, "name", "digits")), help="names the run directory"
+        "Name", str(_at(text, "name", "")), placeholder="after the data", help="names the run directory"
     )
     seeds = right.text_input(
         "Seed", str(_at(text, "seed", 0)), help="one, or several as in `0 1 2`: a run each"
