@@ -15,13 +15,13 @@ then: an update that is lost or comes too late leaves no trace, as if the job ha
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hansa.core.disk import sync_folder, write
 from hansa.core.errors import RunError
 from hansa.core.trees import Tree
 from hansa.core.wire.federation_pb2 import TensorInfo
@@ -104,12 +104,12 @@ class Outbox:
         draft.mkdir(parents=True)
         (draft / _UPDATE).write_bytes(update.data)
         if private:  # the update could be computed again, but not once the coordinator has counted it
-            _write(draft / _PRIVATE, pack(private).data)
+            write(draft / _PRIVATE, pack(private).data)
         (draft / _ENTRY).write_text(json.dumps(asdict(made)))
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
         if private:
-            _sync(folder.parent)
+            sync_folder(folder.parent)
 
     def entries(self) -> list[Entry]:
         """All that wait for an acknowledgement."""
@@ -134,7 +134,7 @@ class Outbox:
             kept = self._private / made.run
             kept.mkdir(exist_ok=True)
             (folder / _PRIVATE).rename(kept / f"{made.client}.safetensors")
-            _sync(kept)
+            sync_folder(kept)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self, made: Entry) -> Path:
@@ -146,18 +146,3 @@ def _safe(run: str) -> str:
     if not _RUN.fullmatch(run):
         raise RunError("the coordinator named a run in a way that is no name; see its log")
     return run
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from hansa.core.disk import sync_folder
 from hansa.core.errors import TrustError
 
 PRIVATE, PUBLIC = 0o600, 0o644
@@ -49,15 +50,6 @@ def replace(path: Path, data: bytes, mode: int) -> None:
     finally:
         made.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """What is named in a folder is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def append(descriptor: int, data: bytes) -> None:
