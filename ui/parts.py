@@ -151,9 +151,9 @@ def ticks(kind: str) -> alt.Axis:
     expressions: Mapping[str, str] = {
         "round": "format(datum.value, ',~d')",
         "seconds": (
-            "datum.value >= 172800 ? format(datum.value / 86400, '~g') + ' d' : "
-            "datum.value >= 7200 ? format(datum.value / 3600, '~g') + ' h' : "
-            "datum.value >= 120 ? format(datum.value / 60, '~g') + ' min' : "
+            "datum.value >= 172800 ? format(datum.value / 86400, '.3~g') + ' d' : "
+            "datum.value >= 7200 ? format(datum.value / 3600, '.3~g') + ' h' : "
+            "datum.value >= 120 ? format(datum.value / 60, '.3~g') + ' min' : "
             "format(datum.value, '~g') + ' s'"
         ),
         "bytes": "replace(format(datum.value, '~s'), 'k', ' k') + 'B'",
