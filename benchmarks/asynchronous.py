@@ -336,10 +336,6 @@ NETWORK = merged(
         "engine": {"mode": "sequential"},  # the quickest with few steps of few clients
     },
 )
-WITH_NETWORK: Mapping[str, Table] = {
-    "anywhere, 700 s": {},
-    "anywhere, 2,100 s": {"stop": {"time": 2_100.0}},
-}
 NETWORK_RIVALS = tuple(  # the same step sizes for all of them
     replace(each, rates=RATES)
     for each in RIVALS
@@ -349,7 +345,7 @@ NETWORK_RIVALS = tuple(  # the same step sizes for all of them
 
 def few_fast_network(trials: Trials, picture: Path | None) -> str:
     """Accuracy at equal virtual time."""
-    return _at_equal_time(trials, NETWORK, WITH_NETWORK, NETWORK_RIVALS)
+    return _at_equal_time(trials, NETWORK, {"anywhere, 700 s": {}}, NETWORK_RIVALS)
 
 
 def _at_equal_time(
