@@ -1,6 +1,11 @@
 """Runs as processes of their own: started one after the other, stopped and resumed, whoever looks.
 
-A run that was started goes on when the dashboard ends; one that still waits in the queue does not begin.
+A run that was started goes on when the dashboard ends; one that still waits begins when it is there again.
+
+::
+
+    <runs>/.queue/<when>.toml      a recipe that waits for its turn
+    <runs>/.queue/<when>.resume    the name of a run that waits to go on
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tomllib
 from collections import deque
 from dataclasses import dataclass, replace
@@ -44,27 +50,22 @@ class Launcher:
 
     def __init__(self, folder: Path, *, parallel: int = 1) -> None:
         self._folder, self._parallel = folder, parallel
-        self._queue: deque[tuple[str, list[str]]] = deque()
+        self._queue = folder / ".queue"
         self._running: list[Launch] = []
         self._failed: deque[Launch] = deque(maxlen=5)
         self._lock = threading.Lock()
+        self._next()
 
     def start(self, recipe: str) -> str:
         """Run a recipe (TOML) as soon as it is its turn; returns its name."""
-        name = str(tomllib.loads(recipe).get("name", "run"))
-        file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - it is there for another process, as long as that
-            "w", prefix="recipe-", suffix=".toml", delete=False, encoding="utf-8"
-        )
-        with file:
-            file.write(recipe)
-        self._enqueue(name, ["run", file.name, "--runs", str(self._folder)])
-        return name
+        self._enqueue(".toml", recipe)
+        return _called(".toml", recipe)
 
     def resume(self, directory: Path) -> None:
         """Go on with a run as soon as it is its turn."""
         if locked(directory):
             raise RunError(f"{directory.name}: this run is still running; stop it first")
-        self._enqueue(directory.name, ["resume", str(directory)])
+        self._enqueue(".resume", directory.name)
 
     def stop(self, directory: Path) -> None:
         """Ask the process that writes a run to stop after the step under way, as Ctrl-C does."""
@@ -84,40 +85,57 @@ class Launcher:
     def waiting(self) -> list[Launch]:
         """What was begun here and has not ended, and what is queued, in order."""
         with self._lock:
-            return [*self._running, *(Launch(name=name) for name, _ in self._queue)]
+            queued = [(each.suffix, _read(each)) for each in self._queued()]
+            return [*self._running, *(Launch(name=_called(*each)) for each in queued if each[1])]
 
     def failed(self) -> list[Launch]:
         """The last ones that could not begin, with the reason."""
         with self._lock:
             return list(self._failed)
 
-    def cancel(self) -> None:
-        """Empty the queue."""
-        with self._lock:
-            self._queue.clear()
-
-    def _enqueue(self, name: str, arguments: list[str]) -> None:
-        with self._lock:
-            self._queue.append((name, arguments))
+    def _enqueue(self, suffix: str, text: str) -> None:
+        try:
+            self._queue.mkdir(parents=True, exist_ok=True)
+            draft = self._queue / f"{time.time_ns()}.draft"
+            draft.write_text(text, encoding="utf-8")
+            draft.rename(draft.with_suffix(suffix))
+        except OSError as error:
+            why = f"it cannot be written ({error.strerror}); see its permissions"
+            raise RunError(f"{self._queue}: {why}") from error
         self._next()
+
+    def _queued(self) -> list[Path]:
+        """The oldest first."""
+        return sorted([*self._queue.glob("*.toml"), *self._queue.glob("*.resume")])
 
     def _next(self) -> None:
         with self._lock:
-            if not self._queue or len(self._running) >= self._parallel:
+            if len(self._running) >= self._parallel:
                 return
-            name, arguments = self._queue.popleft()
+            taken = next(filter(None, map(_take, self._queued())), None)
+            if taken is None:
+                return
+            suffix, text = taken
             told = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-            # A session of its own: Ctrl-C at the dashboard is not for its runs.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "hansa", *arguments, "--quiet"],
-                stdin=subprocess.DEVNULL,
-                stdout=told,
-                stderr=told,
-                start_new_session=True,
-            )
-            launch = Launch(name=name, process=process.pid)
+            with tempfile.TemporaryFile("w+", encoding="utf-8") as recipe:  # it ends with the processes
+                recipe.write(text)
+                recipe.flush()
+                if suffix == ".toml":
+                    what = ["run", f"/dev/fd/{recipe.fileno()}", "--runs", str(self._folder)]
+                else:
+                    what = ["resume", str(self._folder / text)]
+                # A session of its own: Ctrl-C at the dashboard is not for its runs.
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "hansa", *what, "--quiet"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=told,
+                    stderr=told,
+                    start_new_session=True,
+                    pass_fds=[recipe.fileno()],
+                )
+            launch = Launch(name=_called(suffix, text), process=process.pid)
             self._running.append(launch)
-        threading.Thread(target=self._attend, args=(launch, process, told), name=name, daemon=True).start()
+        threading.Thread(target=self._attend, args=(launch, process, told), daemon=True).start()
 
     def _attend(self, launch: Launch, process: subprocess.Popen[bytes], told: IO[str]) -> None:
         with told:
@@ -130,3 +148,31 @@ class Launcher:
                 error = said.removeprefix("hansa: ")[:_TOLD] or f"it ended with exit code {code}"
                 self._failed.append(replace(launch, error=error))
         self._next()
+
+
+def _called(suffix: str, text: str) -> str:
+    """What to call what waits: the name in a recipe, or the run that goes on."""
+    try:
+        return str(tomllib.loads(text).get("name", "run")) if suffix == ".toml" else text
+    except tomllib.TOMLDecodeError:
+        return "run"
+
+
+def _read(file: Path) -> str:
+    """Its text; none where another dashboard has just taken it."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _take(file: Path) -> tuple[str, str] | None:
+    """Suffix and text of what waits in a file, which is then gone; one dashboard alone gets them."""
+    mine = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.rename(mine)
+        text = mine.read_text(encoding="utf-8")
+        mine.unlink()
+    except OSError:
+        return None
+    return file.suffix, text

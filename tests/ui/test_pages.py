@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,9 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from hansa.core.errors import InputError
-from hansa.core.store import ClientScores, Participation, Round, RunStore
+from hansa.core.recipe import parse
+from hansa.core.store import ClientScores, Participation, Round, RunStore, runs
+from hansa.ui.launch import Launcher
 from hansa.ui.site import Site, configure
 from hansa.ui.source import Folder, Run
 
@@ -238,6 +241,24 @@ def test_a_run_is_steered_by_its_process(
     app = opened(runs_page, Folder(folder))
     app.button(key="stop live").click().run()
     assert told == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_what_waits_begins_when_the_dashboard_is_there_again(tmp_path: Path) -> None:
+    small = {"data": {"limit": 60}, "partition": {"kind": "iid", "clients": 2}, "stop": {"rounds": 1}}
+    before = Launcher(tmp_path, parallel=0)
+    for name in ("first", "second"):
+        assert before.start(parse({"name": name, **small}).toml()) == name
+    del before
+    after = Launcher(tmp_path)
+    assert [each.name for each in after.waiting()] == ["first", "second"]
+    assert [each.process is None for each in after.waiting()] == [False, True]
+    deadline = time.monotonic() + 300
+    while after.waiting() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not after.failed()
+    ended = [(run.name, run.status) for run in runs(tmp_path)]
+    assert ended == [("second", "finished"), ("first", "finished")]
+    assert not list((tmp_path / ".queue").iterdir())
 
 
 def test_how_long_a_run_takes_yet() -> None:
