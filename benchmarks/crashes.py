@@ -42,7 +42,7 @@ from hansa.simulation.simulator import Simulator
 from hansa.strategies.catalog import assemble
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from zygote import Zygote
+from zygote import Zygote, die_with_parent
 
 AGENTS, SITES = 10, "10.77.0."
 _OUT, _IN = f"{SITES}1", f"{SITES}2"
@@ -125,6 +125,7 @@ def process(command: Sequence[str], log: Path, *prefix: str) -> int:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
+            preexec_fn=die_with_parent,
         )
     _children[made.pid] = made
     return made.pid

@@ -6,6 +6,7 @@ the number of the process that it made.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -17,8 +18,17 @@ from types import TracebackType
 from typing import Self
 
 
+def die_with_parent() -> None:
+    """Be killed when the process that made this one ends, however it does (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
 class Zygote:
-    """Its other side; use it as a context manager. What it started is killed at the end."""
+    """Its other side; use it as a context manager. What it started is killed with it."""
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
@@ -71,6 +81,7 @@ def main() -> None:
         if pid:
             print(pid, flush=True)
             continue
+        die_with_parent()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.environ.update(order["env"])
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -7,8 +7,11 @@ import json
 import random
 import signal
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,22 +75,28 @@ def events(floor: Floor, run: str) -> list[Event]:
         return log.events(run)
 
 
+@pytest.fixture
+def acknowledged(monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
+    """Every update that an agent was told to count, as soon as it is."""
+    told: list[Entry] = []
+    settle = Outbox.settle
+
+    def noting(self: Outbox, made: Entry, *, counted: bool) -> None:
+        if counted:
+            told.append(made)
+        settle(self, made, counted=counted)
+
+    monkeypatch.setattr(Outbox, "settle", noting)
+    return told
+
+
 def test_a_coordinator_killed_at_every_point(
-    floor: Floor, database: str, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+    floor: Floor, database: str, zygote: Zygote, acknowledged: list[Entry]
 ) -> None:
     floor.database = database
     recipe = small(
         algorithm={"name": "scaffold"}, stop={"rounds": 9}, engine={"dtype": "float64", "checkpoint_every": 2}
     )
-    acknowledged: list[Entry] = []
-    settle = Outbox.settle
-
-    def noting(self: Outbox, made: Entry, *, counted: bool) -> None:
-        if counted:
-            acknowledged.append(made)
-        settle(self, made, counted=counted)
-
-    monkeypatch.setattr(Outbox, "settle", noting)
 
     async def scene() -> str:
         first = Process(zygote, floor, inline=0, HANSA_CRASH_AT=POINTS[0])
@@ -122,20 +131,9 @@ def test_a_coordinator_killed_at_every_point(
         torch.testing.assert_close(floor.model(run)[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def test_a_coordinator_killed_at_random(
-    floor: Floor, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_coordinator_killed_at_random(floor: Floor, zygote: Zygote, acknowledged: list[Entry]) -> None:
     recipe = small(stop={"rounds": 40}, engine={"dtype": "float64", "checkpoint_every": 7})
     draw = random.Random(0)
-    acknowledged: list[Entry] = []
-    settle = Outbox.settle
-
-    def noting(self: Outbox, made: Entry, *, counted: bool) -> None:
-        if counted:
-            acknowledged.append(made)
-        settle(self, made, counted=counted)
-
-    monkeypatch.setattr(Outbox, "settle", noting)
 
     async def scene() -> str:
         process = Process(zygote, floor)
@@ -242,3 +240,20 @@ def test_an_altered_update_is_found(floor: Floor, inline: int) -> None:
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(RunError, match="damaged"):
         checked(floor, run)
+
+
+def test_what_a_killed_benchmark_started_ends_with_it() -> None:
+    child = "import time; time.sleep(60); print('outlived')"
+    script = (
+        "import subprocess, sys, zygote; "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}], preexec_fn=zygote.die_with_parent); "
+        "print('started', flush=True); sys.stdin.read()"
+    )
+    folder = Path(__file__).resolve().parents[1]
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"started\n"
+        parent.kill()
+        assert parent.stdout.read() == b""  # the pipe closes when nobody holds it any more
