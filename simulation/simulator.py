@@ -32,7 +32,7 @@ from hansa.simulation.fused import FusedTrainer
 from hansa.simulation.memory import available, require_room
 from hansa.simulation.population import Population
 from hansa.simulation.stopwatch import Stopwatch
-from hansa.simulation.tiers import Measured, keep_pages, threads, trainer
+from hansa.simulation.tiers import Measured, keep_pages, threads, trainer, uncollected
 from hansa.simulation.workers import Workers
 from hansa.strategies.catalog import Federation
 from hansa.strategies.evaluate import Evaluator
@@ -159,7 +159,8 @@ class Simulator:
         self._started = time.monotonic()
         self._model = self.hub.model()
         keep_pages()
-        with threads(self._f, min(self._trainer.chunk, self._f.schedule.updates_per_step or self._f.clients)):
+        chunk = min(self._trainer.chunk, self._f.schedule.updates_per_step or self._f.clients)
+        with threads(self._f, chunk), uncollected():
             reason = self._drive()
         self._save()
         return Ending(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import gc
 import hashlib
 import json
 import os
@@ -234,6 +235,16 @@ def threads(federation: Federation, clients: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """What is there now stays meanwhile: the collector of cycles need not look through it again and again."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _convolutional(task: Task) -> bool:
