@@ -20,8 +20,7 @@ from hansa.core.trust.identity import Identity
 from hansa.core.wire import INLINE, PIECE, stranger, version
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import AgentsServicer
-from hansa.core.wire.tensors import Malformed, Packed, require_alike, size_limit, unpack, unpack_file
-from hansa.server.artefacts import Reception
+from hansa.core.wire.tensors import Malformed, Packed, require_alike, size_limit, unpack
 from hansa.server.crash import point
 from hansa.server.evaluation import PHASE
 from hansa.server.figures import FIGURES
@@ -31,6 +30,7 @@ from hansa.server.limits import Account, Accounts, Limits
 from hansa.server.office import Office
 from hansa.server.past import Past
 from hansa.server.patience import Over
+from hansa.server.reception import Reception
 from hansa.server.roster import Roster
 from hansa.server.runs import Run
 from hansa.server.trust import caller
@@ -392,12 +392,10 @@ class Agents(AgentsServicer):
     ) -> None:
         """Let the pieces come into an artefact, and check them."""
         digest, size = manifest.update.digest, manifest.update.size
-        where = run.id, f"{job.client}-{job.number}", digest
-        reception = await asyncio.to_thread(self._office.artefacts.receive, *where)
+        reception = self._office.artefacts.receive(run.id, f"{job.client}-{job.number}", digest, size)
         try:
-            if reception.offset > size:
-                reception.discard()
-                reception = self._office.artefacts.receive(*where)
+            if reception.away:
+                await asyncio.to_thread(reception.open)
             await context.write(pb.UploadReply(permit=pb.Permit(offset=reception.offset)))
             while reception.offset < size:
                 message = await self._next(messages, context, name)
@@ -425,7 +423,7 @@ class Agents(AgentsServicer):
         try:
             if not reception.whole():
                 raise _Damaged
-            unpack_file(reception.path, job.expected)
+            reception.check(job.expected)
         except Malformed:
             reception.discard()
             raise

@@ -195,7 +195,6 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
             await enrolling.stop(None)
         await office.close()
         log.close()
-        artefacts.close()
         if metrics is not None:
             metrics.shutdown()
             metrics.server_close()

@@ -10,29 +10,39 @@
 Updates are kept, for they make the model again; a snapshot only saves time, and its parts go when a newer one
 is durable. They stand apart, so that no update is ever taken for a part that nobody needs any more.
 
-:meth:`Artefacts.settle` makes many files and their names durable at the price of about one: they are given to
-the disk at the same time, before each commit of the event log. A file that no event names was not settled
-and counts for nothing.
+:meth:`Artefacts.settle` makes the names of many files durable at the price of one, before each commit of the
+event log; their bytes were durable before. A file that no event names counts for nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
+from hansa.core import disk
 from hansa.core.errors import RunError
+from hansa.core.trees import Tree
+from hansa.core.wire.federation_pb2 import TensorInfo
+from hansa.core.wire.tensors import Bytes, unpack_file, view
+from hansa.server.pages import Pages, open_file, rounded, takes_direct, write
 from hansa.server.patience import Over
+from hansa.server.reception import InMemory, OnDisk, Reception
 
 _AT_ONCE = 8  # files given to the disk together
-_HELD = 4 << 20  # bytes of an upload in memory before they are written
+_HELD = (
+    8 << 20
+)  # bytes of an upload in memory before they are written; smaller ones stay until they are folded
+_SMALL = 8 << 20  # bytes of an update that is received in memory, and stays there until it is folded
+_WARM = 64 << 20  # bytes of such updates; the oldest go, and are read from disk
+_SPARE = 64 << 20  # bytes of memory that wait for the next ones
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,9 +55,13 @@ class Artefacts:
         self._spool.mkdir(parents=True, exist_ok=True)
         self._snapshots = folder / "snapshots"
         self._snapshots.mkdir(exist_ok=True)
-        self._unsettled: list[BinaryIO] = []
+        self.pages, self.direct = Pages(_SPARE), takes_direct(self._spool)
+        self._warm: OrderedDict[str, Bytes] = OrderedDict()
+        self._warmth = 0  # bytes
+        self._unsettled = False
+        self._left = {(path.parent.name, path.stem): path for path in self._spool.glob("*/*")}
+        self._drafts = itertools.count()
         self._lock = threading.Lock()
-        self._disk = ThreadPoolExecutor(_AT_ONCE, "disk")
 
     def path(self, digest: str) -> Path:
         """Where an artefact is, if it is there."""
@@ -63,14 +77,11 @@ class Artefacts:
         folder = self._snapshots / run
         if not folder.is_dir():
             folder.mkdir()
-            _sync(self._snapshots)
+            disk.sync_folder(self._snapshots)
         draft = self._spool / f"{digest}.{os.getpid()}"
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        disk.write(draft, data)
         draft.rename(folder / digest)
-        _sync(folder)
+        disk.sync_folder(folder)
         return digest
 
     def part(self, run: str, digest: str) -> bytes:
@@ -90,12 +101,64 @@ class Artefacts:
 
     # Updates.
 
-    def keep(self, file: BinaryIO, path: Path, digest: str) -> None:
-        """Move a written file to its digest; durable after :meth:`settle`."""
-        file.flush()
-        path.rename(self.path(digest))
+    def receive(self, run: str, job: str, digest: str, size: int) -> Reception:
+        """Begin the upload of a job; one of another digest takes the place of what is there."""
+        path = self._spool / run / f"{job}.{digest[:16]}"
+        left = self._left.pop((run, job), None)
+        if left is not None and left != path:
+            left.unlink(missing_ok=True)
+        return (InMemory if size <= _SMALL else OnDisk)(self, path, digest, size, again=left == path)
+
+    def left(self, path: Path) -> None:
+        """An upload was interrupted; what came of it is there."""
+        self._left[path.parent.name, path.stem] = path
+
+    def write(self, memory: Bytes, size: int, digest: str) -> None:
+        """Store an update, and keep it in memory, too; durable after :meth:`settle`.
+
+        ``memory``: of :attr:`pages`; the first ``size`` bytes are the update.
+        """
+        draft = self._spool / f"{digest}.{next(self._drafts)}.{os.getpid()}"
+        try:
+            file = open_file(draft, direct=self.direct)
+            try:
+                write(file, memory[: rounded(size) if self.direct else size], 0)
+                os.ftruncate(file, size)
+                self.keep(file, draft, digest)
+            finally:
+                os.close(file)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
         with self._lock:
-            self._unsettled.append(file)
+            if digest not in self._warm:
+                self._warm[digest] = memory[:size]
+                self._warmth += size
+                while self._warmth > _WARM:
+                    self._warmth -= len(self._warm.popitem(last=False)[1])
+
+    def keep(self, file: int, path: Path, digest: str) -> None:
+        """Move a written file to its digest: never bytes that may be lost over others that are needed."""
+        os.fsync(file)
+        path.rename(self.path(digest))
+        self._unsettled = True
+
+    def tree(self, digest: str, tensors: Sequence[TensorInfo]) -> Tree | None:
+        """An update's tensors, if it is here; from memory once, for it is folded once.
+
+        Raises
+        ------
+        Malformed
+            When it is no longer what it was.
+        """
+        with self._lock:
+            data = self._warm.pop(digest, None)
+            if data is not None:
+                self._warmth -= len(data)
+        if data is not None:
+            return view(data, tensors)
+        path = self.path(digest)
+        return unpack_file(path, tensors) if path.is_file() else None
 
     def get(self, digest: str) -> bytes:
         """An update's bytes, checked.
@@ -107,50 +170,32 @@ class Artefacts:
         """
         return _checked(self.path(digest))
 
-    def receive(self, run: str, job: str, digest: str) -> Reception:
-        """Begin or go on with the upload of a job; one of another digest takes the place of what is there."""
-        folder = self._spool / run
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{job}.{digest[:16]}"
-        for other in folder.glob(f"{job}.*"):
-            if other != path:
-                other.unlink(missing_ok=True)
-        return Reception(self, path, digest)
-
     def settle(self) -> None:
-        """Make what was kept so far durable."""
-        with self._lock:
-            files, self._unsettled = self._unsettled, []
-        if not files:
+        """Make the names of what was kept so far durable, as their bytes are."""
+        if not self._unsettled:
             return
-        folder = os.open(self.folder, os.O_RDONLY)
+        self._unsettled = False
         try:
-            # All at once: a journaling file system commits them together.
-            list(self._disk.map(os.fsync, [folder, *(file.fileno() for file in files)]))
+            disk.sync_folder(self.folder)
         except OSError as error:
-            # A second fsync may succeed though the system has thrown the bytes away.
+            # A second fsync may succeed though the system has thrown the names away.
             raise Over(
                 f"{self.folder}: the disk failed to make updates durable ({error.strerror}), and what the "
                 "system still shows of them cannot be trusted; this coordinator ends; agents send again"
             ) from error
-        finally:
-            os.close(folder)
-            for file in files:
-                file.close()
 
-    def close(self) -> None:
-        """Let go of what was not settled: no event names it."""
-        with self._lock:
-            files, self._unsettled = self._unsettled, []
-        for file in files:
-            file.close()
-        self._disk.shutdown()
+    def sweep(self) -> None:
+        """Forget what an earlier process was writing when it ended."""
+        for path in self._spool.iterdir():
+            if path.is_file():
+                path.unlink()
 
     def clear(self, unwanted: Callable[[str], bool]) -> None:
         """Forget the uploads under way to runs that are ``unwanted``."""
         for path in self._spool.iterdir():
             if path.is_dir() and unwanted(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+        self._left = {job: path for job, path in self._left.items() if not unwanted(job[0])}
 
 
 def _checked(path: Path) -> bytes:
@@ -161,69 +206,3 @@ def _checked(path: Path) -> bytes:
     if hashlib.sha256(data).hexdigest() != path.name:
         raise RunError(f"{path}: an artefact is damaged; restore it from a backup")
     return data
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class Reception:
-    """Bytes that arrive piece by piece, hashed and written a few at a time, away from the event loop.
-
-    Attributes
-    ----------
-    offset: how many have arrived.
-    path: the file they are in, or will be.
-    """
-
-    def __init__(self, artefacts: Artefacts, path: Path, digest: str) -> None:
-        self._artefacts, self.path, self._digest = artefacts, path, digest
-        self._hash = hashlib.sha256()
-        self._pieces: list[bytes] = []
-        self._held = 0
-        self._file: BinaryIO = path.open("a+b")
-        self._file.seek(0)
-        while part := self._file.read(1 << 20):
-            self._hash.update(part)
-        self.offset = self._file.tell()
-
-    def take(self, data: bytes) -> bool:
-        """Take the next bytes; returns whether it is time to :meth:`write`."""
-        self._pieces.append(data)
-        self._held += len(data)
-        self.offset += len(data)
-        return self._held >= _HELD
-
-    def write(self) -> None:
-        """Hash and write what is held."""
-        pieces, self._pieces, self._held = self._pieces, [], 0
-        for data in pieces:
-            self._file.write(data)
-            self._hash.update(data)
-        self._file.flush()
-
-    def whole(self) -> bool:
-        """Whether the bytes are those of the digest."""
-        self.write()
-        return self._hash.hexdigest() == self._digest
-
-    def keep(self) -> None:
-        """Make them an artefact; durable after the next :meth:`Artefacts.settle`."""
-        self._artefacts.keep(self._file, self.path, self._digest)
-
-    def pause(self) -> None:
-        """Leave them for another try; what a full disk does not take is sent again."""
-        if not self._file.closed:
-            with suppress(OSError):
-                self.write()
-            with suppress(OSError):
-                self._file.close()
-
-    def discard(self) -> None:
-        """Forget them."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)

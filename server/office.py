@@ -85,6 +85,7 @@ class Office:
             except HansaError as error:
                 _log.error("a run cannot be taken up", run=row.id, error=str(error))
                 self._past[row.id] = self._ended(row)
+        self.artefacts.sweep()
         self.artefacts.clear(lambda run: run not in self._runs)
 
     async def submit(self, toml: str, wait_for: int, key: str, owner: str) -> Run | Past:

@@ -12,17 +12,17 @@ import dataclasses
 import functools
 import hashlib
 import hmac
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import structlog
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 import hansa
+from hansa.core import disk
 from hansa.core.errors import HansaError, RunError
 from hansa.core.hub import Hub
 from hansa.core.recipe import Recipe
@@ -30,7 +30,7 @@ from hansa.core.store import ClientScores, Round, RunStore
 from hansa.core.trees import Tree
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2 import TensorInfo
-from hansa.core.wire.tensors import Packed, pack, unpack, unpack_file
+from hansa.core.wire.tensors import Packed, pack, unpack
 from hansa.server.artefacts import Artefacts
 from hansa.server.crash import point
 from hansa.server.evaluation import PHASE
@@ -43,6 +43,7 @@ from hansa.server.patience import Over
 from hansa.strategies.catalog import Federation
 from hansa.strategies.evaluate import Evaluator
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -95,6 +96,7 @@ class Run:
         self._taken: dict[tuple[int, int], str] = {}  # (client, number) -> digest of its update
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._task: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, f"run-{self.id}")
         self._clock = 0.0
         self._saved = 0  # version of the last snapshot
         self._deaf: Over | Literal["late"] | None = None  # what everyone is told once work has ended
@@ -154,6 +156,7 @@ class Run:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+        self._thread.shutdown(wait=False)
         self._store.close()
 
     def row(self) -> RunRow:
@@ -180,7 +183,7 @@ class Run:
     async def newest(self) -> Packed:
         """The model as it is between two events."""
         async with self._moving:
-            return await asyncio.to_thread(lambda: pack(self.machine.hub.model()))
+            return await self._aside(lambda: pack(self.machine.hub.model()))
 
     @property
     def waiting(self) -> int:
@@ -280,6 +283,12 @@ class Run:
             else:
                 answer.set_result("late")
 
+    async def _aside(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """In the run's thread: torch's own threads stay with the one that uses them."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, functools.partial(act, *args, **kwargs)
+        )
+
     async def _insist(self, act: Callable[[], T], what: str) -> T:
         return await self._events.insist(act, f"{self.id}: {what}")
 
@@ -308,7 +317,7 @@ class Run:
                 self._taken[event.client, event.number] = event.body["digest"]
             _answer(answers, verdict)
             async with self._moving:
-                effects = await asyncio.to_thread(self.machine.apply, event)
+                effects = await self._aside(self.machine.apply, event)
             point("after-apply")
             self._log.debug("event", seq=event.seq, kind=event.kind, client=event.client, verdict=verdict)
             await self._let_out(effects)
@@ -356,10 +365,9 @@ class Run:
     def load(self, digest: str, tensors: Sequence[TensorInfo]) -> Tree:
         """An update that was accepted."""
         try:
-            path = self._artefacts.path(digest)
-            data = None if path.is_file() else self._events.blob(digest)
-            return unpack_file(path, tensors) if data is None else unpack(data, tensors)
-        except (OSError, ValueError, SafetensorError) as error:
+            tree = self._artefacts.tree(digest, tensors)
+            return unpack(self._events.blob(digest) or b"", tensors) if tree is None else tree
+        except (OSError, ValueError) as error:
             raise RunError(f"update {digest}: it cannot be read any more ({error})") from error
 
     def _score(self, hub: Hub) -> tuple[dict[str, float], ClientScores | None]:
@@ -390,7 +398,7 @@ class Run:
             return
         self._recall_all()
         point("before-model")
-        packed = await asyncio.to_thread(pack, self.machine.hub.model())
+        packed = await self._aside(pack, self.machine.hub.model())
         await self._insist(lambda: self._write_model(packed.data), "writing the model")
         await self._insist(
             lambda: self._store.event(self.machine.now, "finished", reason), "recording the end"
@@ -403,10 +411,7 @@ class Run:
 
     def _write_model(self, data: bytes) -> None:
         draft = self.model.with_suffix(".part")
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        disk.write(draft, data)
         draft.replace(self.model)
 
     @property

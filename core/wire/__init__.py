@@ -11,8 +11,8 @@ from typing import Any
 from hansa.core.wire.federation_pb2 import Version
 
 MAJOR, MINOR = 1, 2
-PIECE = 1 << 20
-"""Bytes of a piece."""
+PIECE = 512 << 10
+"""Bytes of a piece: what is a megabyte or longer, Python joins with its lock given away, and waits for it."""
 INLINE = 32 << 10
 """Bytes up to which a blob travels in the message that names it."""
 MESSAGE_LIMIT = 4 << 20
@@ -23,7 +23,7 @@ NAME = "hansa-name"
 
 OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_LIMIT),
-    ("grpc.http2.max_frame_size", PIECE),
+    ("grpc.http2.max_frame_size", 1 << 20),
     ("grpc.max_send_message_length", MESSAGE_LIMIT),
     ("grpc.max_metadata_size", 16 << 10),
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: nothing inflates

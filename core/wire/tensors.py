@@ -6,17 +6,17 @@ A tree that is packed twice gives the same bytes, so its digest names it.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from numpy.typing import NDArray
+from safetensors.torch import save
 
 from hansa.core.trees import Tree
 from hansa.core.wire.federation_pb2 import TensorInfo
@@ -33,7 +33,11 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _HEADER_LIMIT = 16 << 20
+
+
+Bytes = NDArray[np.uint8]
 
 
 class Malformed(ValueError):
@@ -95,49 +99,77 @@ def size_limit(tensors: Sequence[TensorInfo]) -> int:
     return payload + header + 1024
 
 
-def unpack(data: bytes, tensors: Sequence[TensorInfo]) -> Tree:
-    """The tree, in the order of ``tensors``.
+def unpack(data: bytes | Bytes, tensors: Sequence[TensorInfo]) -> Tree:
+    """The tree, in the order of ``tensors``; of an array, its tensors lie in it.
 
     Raises
     ------
     Malformed
         When the bytes are no safetensors file of exactly these tensors, or a number is not finite.
     """
-    _require_plain_header(io.BytesIO(data), len(data))
-    return _checked(lambda: load(data), tensors)
+    tree = view(np.frombuffer(bytearray(data), np.uint8) if isinstance(data, bytes) else data, tensors)
+    for name, each in tree.items():
+        if each.is_floating_point() and not _finite(each):
+            raise Malformed(f"tensor {name!r} has numbers that are not finite")
+    return tree
 
 
 def unpack_file(path: Path, tensors: Sequence[TensorInfo]) -> Tree:
     """:func:`unpack` of a file, which is mapped and not read into memory first."""
-    with path.open("rb") as file:
-        _require_plain_header(file, path.stat().st_size)
-    return _checked(lambda: load_file(path), tensors)
+    if not path.stat().st_size:
+        raise Malformed("no safetensors file: it is empty")
+    return unpack(np.memmap(path, np.uint8, mode="c"), tensors)
 
 
-def _checked(read: Callable[[], Tree], tensors: Sequence[TensorInfo]) -> Tree:
-    try:
-        tree = read()
-    except (SafetensorError, ValueError, OverflowError, RuntimeError, KeyError) as error:
-        raise Malformed(f"no safetensors file: {error}") from error
-    try:
-        require_alike(describe(tree), tensors)
-    except KeyError as error:
-        raise Malformed(f"a tensor is of type {error}") from error
-    for name, each in tree.items():
-        if each.is_floating_point() and not _finite(each):
-            raise Malformed(f"tensor {name!r} has numbers that are not finite")
-    return {each.name: tree[each.name] for each in tensors}
+def view(data: Bytes, tensors: Sequence[TensorInfo]) -> Tree:
+    """:func:`unpack` of what is known to be finite.
+
+    The format is safetensors: eight bytes tell the length of a header in JSON, and the header each tensor's
+    type, shape, and place in what follows. Here the tensors must fill that without a gap, each where its type
+    may lie, and the header may have nothing else.
+    """
+    header, begin = _header(data)
+    found = [_info(name, entry) for name, entry in header.items()]
+    require_alike(found, tensors)
+    placed, free = {}, begin
+    for info, (start, end) in sorted(
+        ((i, header[i.name]["data_offsets"]) for i in found), key=lambda p: p[1]
+    ):
+        dtype, size = _TYPES[info.dtype], end - start
+        right = size == math.prod(info.shape) * dtype.itemsize and free % dtype.itemsize == 0
+        if not right or begin + start != free or free + size > len(data):
+            raise Malformed(f"tensor {info.name!r} lies where it cannot be")
+        placed[info.name] = (
+            torch.frombuffer(data, dtype=dtype, count=math.prod(info.shape), offset=free)
+            if size
+            else torch.empty(0, dtype=dtype)
+        ).view(list(info.shape))
+        free += size
+    if free != len(data):
+        raise Malformed("there is more than tensors")
+    return {each.name: placed[each.name] for each in tensors}
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are: the least and the greatest tell, and NaN is either. One pass, nothing kept."""
-    return tensor.numel() == 0 or all(math.isfinite(float(end)) for end in tensor.aminmax())
+    """Whether all numbers are: the least and the greatest tell, and NaN is either.
+
+    By NumPy where it can: its threads would be torch's, for each of many threads that look at an update.
+    """
+    if tensor.numel() == 0:
+        return True
+    if tensor.itemsize < 4:
+        return all(math.isfinite(float(end)) for end in tensor.aminmax())
+    values = tensor.numpy()
+    return math.isfinite(values.min()) and math.isfinite(values.max())
 
 
-def _require_plain_header(file: BinaryIO, total: int) -> None:
-    """No duplicate keys, which JSON readers resolve each in their own way, and no metadata on the side."""
-    size = int.from_bytes(file.read(8), "little")
-    if total < 8 or size > min(total - 8, _HEADER_LIMIT):
+def _header(data: Bytes) -> tuple[dict[str, Any], int]:
+    """A file's header, and where what follows it begins.
+
+    No key may be there twice, which JSON readers resolve each in their own way, and no metadata on the side.
+    """
+    size = int.from_bytes(data[:8].tobytes(), "little")
+    if len(data) < 8 or size > min(len(data) - 8, _HEADER_LIMIT):
         raise Malformed("no safetensors file: its header is longer than the file")
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -147,10 +179,22 @@ def _require_plain_header(file: BinaryIO, total: int) -> None:
         return made
 
     try:
-        header = json.loads(file.read(size), object_pairs_hook=once)
+        header = json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=once)
     except Malformed:
         raise
     except (ValueError, RecursionError) as error:
         raise Malformed("no safetensors file: its header is no JSON") from error
     if not isinstance(header, dict) or "__metadata__" in header:
         raise Malformed("the header has more than tensors")
+    return header, 8 + size
+
+
+def _info(name: str, entry: Any) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end], **rest} if (
+            not rest
+            and dtype in _TYPES
+            and all(type(each) is int and 0 <= each < 2**63 for each in (*shape, start, end))
+        ):
+            return TensorInfo(name=name, dtype=dtype, shape=shape)
+    raise Malformed(f"no safetensors file: its header's {name[:80]!r} is no tensor")

@@ -76,11 +76,14 @@ def run_with(floor: Floor, recipe: Recipe, policies: tuple[Policy, ...] = UNLIKE
 
 
 def sent(floor: Floor, run: str) -> list[Sent]:
-    """All updates of a run, in the order of the log."""
+    """All updates of a run that has ended, in the order of the log, but for those that came too late."""
     with closing(EventLog(floor.url, lead=False)) as log:
+        ended = log.snapshot(run)
+        assert ended is not None
+        late = {tuple(each) for each in ended.facts["late"]}
         found = []
         for event in log.events(run):
-            if event.kind == "update":
+            if event.kind == "update" and (event.client, event.number) not in late:
                 data = log.blob(event.body["digest"])
                 assert data is not None
                 assert event.client is not None

@@ -139,9 +139,8 @@ def test_a_disk_that_fails_to_make_bytes_durable_ends_the_coordinator(
     async def scene() -> None:
         artefacts, over = Artefacts(tmp_path / "a"), list[Over]()
         log = EventLog(f"sqlite:///{tmp_path / 'log.db'}", before=artefacts.settle, over=over.append)
-        reception = artefacts.receive("r", "0-0", "0" * 64)
+        reception = artefacts.receive("r", "0-0", "0" * 64, 1)
         reception.take(b"x")
-        reception.write()
         reception.keep()
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", _broken)
@@ -149,7 +148,6 @@ def test_a_disk_that_fails_to_make_bytes_durable_ends_the_coordinator(
                 await log.append("r", [])
         assert len(over) == 1
         log.close()
-        artefacts.close()
 
     play(scene())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import tomllib
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from floor import Floor, checked, end, play, small, submit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load
 from storm import Storm, honest, lied
 
 from hansa.core.errors import HansaError
@@ -67,8 +69,45 @@ def test_files_that_lie_are_malformed_or_harmless(draw: Any) -> None:
     except Malformed:
         return
     assert list(tree) == list(TREE)
+    reference = load(data)
+    assert all(torch.equal(tree[name], reference[name]) for name in TREE)
     assert all(tree[n].dtype == t.dtype and tree[n].shape == t.shape for n, t in TREE.items())
     assert all(bool(each.isfinite().all()) for each in tree.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                [
+                    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+                    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+                ]
+            ),
+            st.lists(st.integers(0, 4), max_size=3),
+        ),
+        max_size=6,
+    )
+)  # fmt: skip
+def test_files_of_safetensors_are_read_as_safetensors_reads_them(kinds: list[Any]) -> None:
+    tree = {f"{i}": torch.arange(math.prod(s)).reshape(s).to(dtype) for i, (dtype, s) in enumerate(kinds)}
+    packed = pack(tree)
+    found, reference = unpack(packed.data, packed.tensors), load(packed.data)
+    assert list(found) == list(tree)
+    for name, each in reference.items():
+        assert found[name].dtype == each.dtype
+        assert torch.equal(found[name], each)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_found_anywhere(dtype: torch.dtype, value: float) -> None:
+    tree = {"w": torch.zeros(3, 5, dtype=dtype)}
+    tree["w"][2, 4] = value
+    packed = pack(tree)
+    with pytest.raises(Malformed, match="tensor 'w' has numbers that are not finite"):
+        unpack(packed.data, packed.tensors)
 
 
 @settings(max_examples=300, deadline=None)
