@@ -119,7 +119,7 @@ class Launcher:
             told = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
             with tempfile.TemporaryFile("w+", encoding="utf-8") as recipe:  # it ends with the processes
                 recipe.write(text)
-                recipe.flush()
+                recipe.seek(0)  # where the other process begins to read, if it shares the position
                 if suffix == ".toml":
                     what = ["run", f"/dev/fd/{recipe.fileno()}", "--runs", str(self._folder)]
                 else:

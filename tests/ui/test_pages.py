@@ -244,7 +244,12 @@ def test_a_run_is_steered_by_its_process(
 
 
 def test_what_waits_begins_when_the_dashboard_is_there_again(tmp_path: Path) -> None:
-    small = {"data": {"limit": 60}, "partition": {"kind": "iid", "clients": 2}, "stop": {"rounds": 1}}
+    small = {
+        "data": {"limit": 60},
+        "partition": {"kind": "iid", "clients": 2},
+        "schedule": {"cohort": 2},
+        "stop": {"rounds": 1},
+    }
     before = Launcher(tmp_path, parallel=0)
     for name in ("first", "second"):
         assert before.start(parse({"name": name, **small}).toml()) == name
