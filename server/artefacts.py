@@ -36,10 +36,6 @@ from hansa.server.pages import Pages, open_file, rounded, takes_direct, write
 from hansa.server.patience import Over
 from hansa.server.reception import InMemory, OnDisk, Reception
 
-_AT_ONCE = 8  # files given to the disk together
-_HELD = (
-    8 << 20
-)  # bytes of an upload in memory before they are written; smaller ones stay until they are folded
 _SMALL = 8 << 20  # bytes of an update that is received in memory, and stays there until it is folded
 _WARM = 64 << 20  # bytes of such updates; the oldest go, and are read from disk
 _SPARE = 64 << 20  # bytes of memory that wait for the next ones
