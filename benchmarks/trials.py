@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,10 @@ class Trials:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else ()
-        self._known = {key: Outcome(**told) for key, told in map(json.loads, lines)}
+        names = {each.name for each in fields(Outcome)}  # a file of before may tell more
+        self._known = {
+            key: Outcome(**{name: told[name] for name in names}) for key, told in map(json.loads, lines)
+        }
 
     def run(self, sections: Table) -> Outcome:
         """The outcome of a recipe, remembered or new. ``data`` with a name is what :func:`images` is told."""

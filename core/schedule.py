@@ -10,6 +10,7 @@ or one :class:`Recall` that discards.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -438,6 +439,17 @@ def require(condition: bool, name: str, value: object, problem: str, remedy: str
         raise InputError(f"schedule.{name}", value, problem, remedy)
 
 
+def require_deadline(seconds: float | None) -> None:
+    """:func:`require` that a deadline, where there is one, leaves time."""
+    require(
+        seconds is None or 0 < seconds < math.inf,
+        "deadline",
+        seconds,
+        "it is not a number of seconds in which somebody could return",
+        "give positive seconds, or leave it out",
+    )
+
+
 __all__ = [
     "Aggregate",
     "Aggregated",
@@ -461,4 +473,5 @@ __all__ = [
     "Wake",
     "live",
     "require",
+    "require_deadline",
 ]

@@ -7,7 +7,6 @@ Source: FedBuff, Nguyen et al., arXiv 2106.06639, Algorithm 1. With ``k = 1`` it
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -28,6 +27,7 @@ from hansa.core.schedule import (
     Tick,
     Wake,
     require,
+    require_deadline,
 )
 from hansa.core.values import replace
 
@@ -74,13 +74,7 @@ class Buffered:
             f"fewer clients in flight than the buffer of {self.k} holds, so steps wait for restarts",
             f"set it to {self.k} or more, or k to {max(self.concurrency, 1)} or less",
         )
-        require(
-            self.deadline is None or 0 < self.deadline < math.inf,
-            "deadline",
-            self.deadline,
-            "it is not a number of seconds in which somebody could return",
-            "give positive seconds, or leave it out",
-        )
+        require_deadline(self.deadline)
 
     @property
     def updates_per_step(self) -> int:

@@ -28,6 +28,7 @@ from hansa.core.schedule import (
     Tick,
     Wake,
     require,
+    require_deadline,
 )
 from hansa.core.values import replace
 
@@ -87,12 +88,13 @@ class Periodic:
             f"use 1 to {self.recall}" if self.recall else "use 1 or more",
         )
         require(
-            self.deadline is None or (self.recall is not None and 0 < self.deadline < math.inf),
+            self.deadline is None or self.recall is not None,
             "deadline",
             self.deadline,
-            "nobody is waited for" if self.recall is None else "it is not a number of seconds",
-            "leave it out" if self.recall is None else "give positive seconds, or leave it out",
+            "nobody is waited for",
+            "leave it out",
         )
+        require_deadline(self.deadline)
 
     @property
     def updates_per_step(self) -> int | None:

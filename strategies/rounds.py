@@ -26,6 +26,7 @@ from hansa.core.schedule import (
     Tick,
     Wake,
     require,
+    require_deadline,
 )
 from hansa.core.values import replace
 
@@ -72,13 +73,7 @@ class Rounds:
             "it is a factor ≥ 1",
             "use 1.3, say",
         )
-        require(
-            self.deadline is None or 0 < self.deadline < math.inf,
-            "deadline",
-            self.deadline,
-            "it is not a number of seconds in which somebody could return",
-            "give positive seconds, or leave it out",
-        )
+        require_deadline(self.deadline)
         require(
             1 <= self.minimum <= self.cohort,
             "minimum",
