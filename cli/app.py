@@ -355,10 +355,11 @@ def compare(
     Runs whose recipes differ in nothing but the seed share a line: mean ± standard deviation.
     """
     from hansa.cli import runs as tables
+    from hansa.ui.comparison import compare as put_side_by_side
 
     out = _output(json)
     curves = [tables.curve(_found(each, runs), metric) for each in run]
-    reached, rows = tables.compare(curves, metric, target)
+    reached, rows = put_side_by_side(curves, target)
     if output is not None:
         tables.draw(output, curves, metric, over.value)
     out.envelope(

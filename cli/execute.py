@@ -12,13 +12,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from hansa.cli.output import Output, percent, run_facts
+from hansa.cli.output import Output, run_facts
 from hansa.cli.progress import Progress
 from hansa.core.errors import HansaError, Interrupted
 from hansa.core.store import RunStore, RunSummary
 from hansa.simulation.runs import Run
 from hansa.simulation.simulator import Ending
-from hansa.ui import duration, size
+from hansa.ui import duration, percent, size
 from hansa.ui.report import write_report
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hansa.cli.output import Output, number, score
+from hansa.cli.output import Output
 from hansa.core.errors import HansaError, Interrupted, RunError
+from hansa.ui import number, score
 
 if TYPE_CHECKING:
     from hansa.core.control import Coordinator

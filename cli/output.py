@@ -104,24 +104,6 @@ def run_facts(summary: RunSummary) -> dict[str, Any]:
     return dataclasses.asdict(summary)
 
 
-def percent(value: float | None) -> str:
-    """``91.25 %``, or a dash."""
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.2f} %"
-
-
-def number(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "–" if value is None or math.isnan(value) else f"{value:.3g}"
-
-
-def score(value: float | None, metric: str) -> str:
-    """A metric as people read it: a share as percent."""
-    return percent(value) if "accuracy" in metric or metric in _SHARES else number(value)
-
-
-_SHARES = ("clients/mean", "clients/worst")
-
-
 def _plain(value: object) -> Any:
     """Something that JSON can hold."""
     match value:

@@ -14,10 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hansa.cli.output import number, score
 from hansa.core.store import HEADLINE, Round, RunStore
 from hansa.simulation.runs import Run
-from hansa.ui import duration, size
+from hansa.ui import duration, number, score, size
 
 _ROWS = 12
 _WIDE, _LESS = 104, ("best", "elapsed")  # what a narrower screen does without

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from rich.console import Group, RenderableType
+from rich.console import Group as Lines
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hansa.cli.output import percent, score
+from hansa.core import questions
 from hansa.core.errors import InputError
+from hansa.core.questions import Record
 from hansa.core.store import RunStore, RunSummary
-from hansa.ui import duration, size
+from hansa.ui import duration, percent, score, size
+from hansa.ui.comparison import Curve, Group, Over, curve_of
+from hansa.ui.source import Question, Run
 
-Over = Literal["rounds", "time", "bytes"]
+P = ParamSpec("P")
+T = TypeVar("T")
 _COLOURS = {
     "finished": "green",
     "running": "cyan",
@@ -94,22 +96,21 @@ def page(directory: Path) -> RenderableType:
         ]
     files = [directory / name for name in ("recipe.toml", "model.safetensors", "report.html")]
     shown += ["", *(Text(f"  {path}", overflow="ignore", no_wrap=True) for path in files if path.exists())]
-    return Group(*shown)
+    return Lines(*shown)
 
 
 _SHOWN = ("accuracy", "loss", "train/loss", "clients/worst", "gossip/consensus")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """One metric of one run, at the rounds that have it: all arrays [n]; seconds and bytes are cumulative."""
+@dataclass(frozen=True)
+class _Asked:
+    """A run where it lies, alone: whoever looks at it from here starts nothing."""
 
-    run: RunSummary
-    recipe: str
-    rounds: NDArray[np.float64]
-    time: NDArray[np.float64]
-    bytes: NDArray[np.float64]
-    values: NDArray[np.float64]
+    directory: Path
+
+    def ask(self, question: Question[P, T], run: str, /, *arguments: P.args, **named: P.kwargs) -> T:
+        with Record(self.directory) as record:
+            return question(record, *arguments, **named)
 
 
 def curve(directory: Path, metric: str) -> Curve:
@@ -120,127 +121,53 @@ def curve(directory: Path, metric: str) -> Curve:
     InputError
         When the run has no such metric.
     """
-    with RunStore.open(directory) as store:
-        rows = store.rounds()
-        have = [i for i, row in enumerate(rows) if not math.isnan(row.metrics.get(metric, math.nan))]
-        if not have:
-            known = store.metrics()
-            remedy = f"choose among {', '.join(known)}" if known else "run it first"
-            raise InputError("--metric", metric, f"{directory.name} has none of it", remedy)
-        sent = np.cumsum([row.bytes_up + row.bytes_down for row in rows], dtype=np.float64)
-        return Curve(
-            run=store.summary(),
-            recipe=store.recipe,
-            rounds=np.array([rows[i].index for i in have], np.float64),
-            time=np.array([rows[i].time for i in have]),
-            bytes=sent[have],
-            values=np.array([rows[i].metrics[metric] for i in have]),
-        )
+    source, name = _Asked(directory), directory.resolve().name
+    try:
+        return curve_of(source, Run(id=name, **source.ask(questions.facts, name)), metric, points=_POINTS)
+    except InputError as error:
+        raise InputError("--metric", metric, error.problem, error.remedy) from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Runs of one recipe under one or more seeds: a row of the table.
-
-    ``reached`` is what it took each run to come to the target, None where it did not.
-    """
-
-    label: str
-    curves: tuple[Curve, ...]
-    final: tuple[float, ...]
-    best: tuple[float, ...]
-    reached: tuple[Mapping[Over, float] | None, ...]
+_POINTS = 2000  # beyond what a picture resolves
 
 
-def compare(curves: Sequence[Curve], metric: str, target: float | None) -> tuple[float, list[Comparison]]:
-    """(target, rows): runs whose recipes differ in nothing but seed and name stand in one row.
-
-    Without a target it is the best that every run came to, so that all have reached it.
-    """
-    falling = "loss" in metric or "variance" in metric or "consensus" in metric
-    best: Callable[[NDArray[np.float64]], float] = lambda v: float(v.min() if falling else v.max())  # noqa: E731
-    bests = [best(each.values) for each in curves]
-    if target is None:
-        target = max(bests) if falling else min(bests)
-    groups: dict[str, list[Curve]] = {}
-    for each in curves:
-        groups.setdefault(_but_for_the_seed(each.recipe), []).append(each)
-    rows = []
-    for same in groups.values():
-        reached: list[Mapping[Over, float] | None] = []
-        for each in same:
-            there = np.flatnonzero(each.values <= target if falling else each.values >= target)
-            at = there[0] if len(there) else None
-            reached.append(
-                None
-                if at is None
-                else {
-                    "rounds": float(each.rounds[at]),
-                    "time": float(each.time[at]),
-                    "bytes": float(each.bytes[at]),
-                }
-            )
-        rows.append(
-            Comparison(
-                label=label(same[0].run),
-                curves=tuple(same),
-                final=tuple(float(each.values[-1]) for each in same),
-                best=tuple(best(each.values) for each in same),
-                reached=tuple(reached),
-            )
-        )
-    return target, rows
-
-
-def label(run: RunSummary) -> str:
-    """What a run is called in a table and a picture."""
-    return f"{run.name} {run.algorithm}" if run.name != run.algorithm else run.name
-
-
-def compared(metric: str, target: float, rows: Sequence[Comparison]) -> RenderableType:
+def compared(metric: str, target: float, groups: Sequence[Group]) -> RenderableType:
     """The comparison as a table; over seeds mean ± standard deviation."""
     table = _table(
         "recipe", "runs", "seeds", f"final {metric}", "best", "rounds to", "virtual time to", "bytes to"
     )
-    for row in rows:
-        cells = [
-            row.label,
-            str(len(row.curves)),
-            ", ".join(sorted({str(each.run.seed) for each in row.curves})),
-        ]
-        cells += [_spread(values, lambda v: score(v, metric)) for values in (row.final, row.best)]
-        for over, say in _SAID.items():
-            there = [each[over] for each in row.reached if each is not None]
-            missed = f" ({len(there)} of {len(row.reached)})" if len(there) < len(row.reached) else ""
-            cells.append(f"{say(float(np.mean(there)))}{missed}" if there else "not reached")
-        table.add_row(*cells)
-    return Group(Text(f"Target: {metric} {score(target, metric)}", style="dim"), table)
+    for group in groups:
+        table.add_row(
+            group.label,
+            str(len(group.curves)),
+            group.seeds,
+            group.spread(group.last),
+            group.spread(group.best),
+            *map(group.cost, _COSTS),
+        )
+    return Lines(Text(f"Target: {metric} {score(target, metric)}", style="dim"), table)
 
 
-_SAID: Mapping[Over, Callable[[float], str]] = {
-    "rounds": lambda value: f"{value:.0f}",
-    "time": duration,
-    "bytes": size,
-}
+_COSTS: tuple[Over, ...] = ("rounds", "time", "bytes")
 
 
-def facts(row: Comparison) -> dict[str, Any]:
+def facts(group: Group) -> dict[str, Any]:
     """A row for machines."""
     return {
-        "label": row.label,
+        "label": group.label,
         "runs": [
             {
                 "id": each.run.id,
                 "seed": each.run.seed,
                 "status": each.run.status,
-                "final": final,
-                "best": best,
-                "reached": reached,
+                "final": each.last,
+                "best": each.best,
+                "reached": cost and {over: cost[over] for over in _COSTS},
             }
-            for each, final, best, reached in zip(row.curves, row.final, row.best, row.reached, strict=True)
+            for each, cost in zip(group.curves, group.costs, strict=True)
         ],
-        "final_mean": float(np.mean(row.final)),
-        "final_std": _deviation(row.final),
+        "final_mean": float(np.mean(group.last)),
+        "final_std": float(np.std(group.last, ddof=1)) if len(group.last) > 1 else None,
     }
 
 
@@ -254,9 +181,9 @@ def draw(path: Path, curves: Sequence[Curve], metric: str, over: Over) -> None:
     """
     from hansa.ui import plots
 
-    names = [f"{label(each.run)} · seed {each.run.seed}" for each in curves]
+    names = [f"{each.run.label} · seed {each.run.seed}" for each in curves]
     series = {
-        name if names.count(name) == 1 else each.run.id: (getattr(each, over), each.values)
+        name if names.count(name) == 1 else each.run.id: (each.x[over], each.values)
         for name, each in zip(names, curves, strict=True)
     }
     figure = plots.compare(series, over=over, metric=metric)
@@ -267,22 +194,6 @@ def draw(path: Path, curves: Sequence[Curve], metric: str, over: Over) -> None:
         raise InputError("--output", str(path), why, "name a writable .png, .svg or .pdf file") from error
 
 
-def _but_for_the_seed(recipe: str) -> str:
-    table = tomllib.loads(recipe)
-    return repr({key: value for key, value in table.items() if key not in ("seed", "name")})
-
-
-def _spread(values: Sequence[float], say: Callable[[float], str]) -> str:
-    deviation = _deviation(values)
-    mean = say(float(np.mean(values)))
-    return mean if deviation is None else f"{mean} ± {say(deviation)}"
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    """Unbiased standard deviation of several values."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
 def _table(*columns: str) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for column in columns:
@@ -291,16 +202,4 @@ def _table(*columns: str) -> Table:
     return table
 
 
-__all__ = [
-    "Comparison",
-    "Curve",
-    "Over",
-    "compare",
-    "compared",
-    "curve",
-    "draw",
-    "facts",
-    "label",
-    "listing",
-    "page",
-]
+__all__ = ["compared", "curve", "draw", "facts", "listing", "page"]

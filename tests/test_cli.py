@@ -566,6 +566,13 @@ def test_compare_puts_seeds_together_and_finds_the_target(command: Command, fold
     assert "not reached" in command("compare", "last", "20261121-093001", "--target", "0.99").out
 
 
+def test_compare_tells_recipes_of_one_name_apart(command: Command, folder: Path) -> None:
+    runs = [stored(folder, "one", 1, [0.2]), stored(folder, "one", 2, [0.4], recipe="[train]\nlr = 1.0\n")]
+    runs[1] = runs[1].rename(runs[1].with_name(runs[1].name[:-3] + "xyz"))
+    rows = command("compare", "--json", *map(str, runs)).envelope["comparison"]
+    assert [row["label"] for row in rows] == ["one · fedavg · abc", "one · fedavg · xyz"]
+
+
 def test_a_falling_metric_is_best_where_it_is_least(command: Command, folder: Path) -> None:
     stored(folder, "one", 1, [0.2, 0.8, 0.7])
     (row,) = command("compare", "--json", "last", "--metric", "train/loss").envelope["comparison"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["duration", "size"]
+import math
+
+__all__ = ["duration", "is_share", "number", "percent", "score", "size"]
+
+_SHARES = ("clients/mean", "clients/worst")
 
 
 def duration(seconds: float) -> str:
@@ -31,3 +35,23 @@ def size(count: float) -> str:
             break
     digits = 2 if count < 9.995 else 1 if count < 99.95 else 0
     return f"{count:.{digits}f} {unit}"
+
+
+def percent(value: float | None) -> str:
+    """``91.25 %``, or a dash."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.2f} %"
+
+
+def number(value: float | None) -> str:
+    """Three digits, or a dash."""
+    return "–" if value is None or math.isnan(value) else f"{value:.3g}"
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share between 0 and 1."""
+    return "accuracy" in metric or metric in _SHARES
+
+
+def score(value: float | None, metric: str) -> str:
+    """A metric as people read it: a share as percent."""
+    return percent(value) if is_share(metric) else number(value)

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from hansa.core import questions
 from hansa.core.errors import InputError
-from hansa.ui.source import Run, Source
+from hansa.ui import duration, score, size
+from hansa.ui.source import Asked, Run
 
-__all__ = ["AXES", "Band", "Curve", "Group", "Over", "curve_of", "falling", "groups"]
+__all__ = ["AXES", "Band", "Curve", "Group", "Over", "compare", "curve_of"]
 
 Over = Literal["rounds", "time", "wall", "bytes"]
 AXES: Mapping[Over, str] = {
@@ -27,25 +28,21 @@ _COLUMNS: Mapping[Over, str] = {"rounds": "round", "time": "time", "wall": "wall
 _POINTS = 400
 
 
-def falling(metric: str) -> bool:
-    """Whether less of a metric is better."""
-    return any(word in metric for word in ("loss", "variance", "consensus"))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """One metric of one run: ``x`` by axis and ``values``, all [n]; seconds and bytes are cumulative.
 
-    ``cost`` is what it took to come to the target, None where it did not.
+    ``last`` and ``best`` are of all rounds, however few the points.
     """
 
+    source: Asked
     run: Run
+    metric: str
     recipe: str
     x: Mapping[Over, NDArray[np.float64]]
     values: NDArray[np.float64]
     last: float
     best: float
-    cost: Mapping[Over, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +59,44 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs whose recipes differ in nothing but seed and name."""
+    """Runs whose recipes differ in nothing but seed and name: a row of the table.
+
+    ``costs`` are what it took each run to come to the target, None where it did not.
+    """
 
     label: str
     curves: tuple[Curve, ...]
+    costs: tuple[Mapping[Over, float] | None, ...]
+
+    @property
+    def last(self) -> tuple[float, ...]:
+        """What each run came to in the end."""
+        return tuple(each.last for each in self.curves)
+
+    @property
+    def best(self) -> tuple[float, ...]:
+        """The best that each run came to."""
+        return tuple(each.best for each in self.curves)
+
+    @property
+    def seeds(self) -> str:
+        """The seeds in words."""
+        return ", ".join(sorted({str(each.run.seed) for each in self.curves}))
+
+    def spread(self, values: Sequence[float]) -> str:
+        """Mean ± unbiased standard deviation over the runs, in words."""
+        metric = self.curves[0].metric
+        mean = score(float(np.mean(values)), metric)
+        return mean if len(values) == 1 else f"{mean} ± {score(float(np.std(values, ddof=1)), metric)}"
+
+    def cost(self, over: Over) -> str:
+        """What it took to come to the target, in words: the mean of those that did, and how many did."""
+        there = [each[over] for each in self.costs if each is not None]
+        if not there:
+            return "not reached"
+        mean = float(np.mean(there))
+        said = f"{mean:,.0f}" if over == "rounds" else size(mean) if over == "bytes" else duration(mean)
+        return said if len(there) == len(self.costs) else f"{said} ({len(there)} of {len(self.costs)})"
 
     def band(self, over: Over) -> Band:
         """Mean and unbiased standard deviation over the seeds.
@@ -85,50 +116,70 @@ class Group:
         return Band(x=x, mean=values.mean(axis=0), deviation=values.std(axis=0, ddof=1))
 
 
-def curve_of(source: Source, run: Run, metric: str, *, target: float | None = None) -> Curve:
-    """A run's curve.
+def curve_of(source: Asked, run: Run, metric: str, *, points: int = _POINTS) -> Curve:
+    """A run's curve, of at most so many points: each the mean over neighbouring rounds.
 
     Raises
     ------
     InputError
         When the run has no such metric.
     """
-    told = source.ask(questions.curve, run.id, metrics=[metric], bins=_POINTS)
+    told = source.ask(questions.curve, run.id, metrics=[metric], bins=points)
     if not told["round"]:
         known = source.ask(questions.metric_names, run.id)
         remedy = f"choose among {', '.join(known)}" if known else "wait for its first round"
         raise InputError("metric", metric, f"{run.id} has none of it", remedy)
-    came = source.ask(questions.outcome, run.id, metric=metric, falling=falling(metric), target=target)
-    cost: dict[Over, float] = {over: value for over in AXES if (value := came[over]) is not None}
+    came = source.ask(questions.outcome, run.id, metric=metric, falling=_falling(metric))
     last, best = came["last"], came["best"]
     assert last is not None
     assert best is not None
     return Curve(
+        source=source,
         run=run,
+        metric=metric,
         recipe=source.ask(questions.recipe, run.id),
         x={over: np.array(told[column], np.float64) for over, column in _COLUMNS.items()},
         values=np.array(told["value"], np.float64),
         last=last,
         best=best,
-        cost=cost or None,
     )
 
 
-def groups(curves: Sequence[Curve]) -> list[Group]:
-    """Runs of one recipe together, each group with a label of its own."""
+def compare(curves: Sequence[Curve], target: float | None = None) -> tuple[float, list[Group]]:
+    """(target, groups): curves of one metric, those of one recipe together, each group with its own label.
+
+    Without a target it is the best that every run came to, so that all have reached it.
+    """
+    if target is None:
+        bests = [each.best for each in curves]
+        target = max(bests) if _falling(curves[0].metric) else min(bests)
     alike: dict[str, list[Curve]] = {}
     for each in curves:
         alike.setdefault(_but_for_the_seed(each.recipe), []).append(each)
-    labels = [_label(same[0].run) for same in alike.values()]
-    found = []
+    labels = [same[0].run.label for same in alike.values()]
+    groups = []
     for same, label in zip(alike.values(), labels, strict=True):
         unlike = f"{label} · {same[0].run.id[-3:]}" if labels.count(label) > 1 else label
-        found.append(Group(label=unlike, curves=tuple(same)))
-    return found
+        costs = tuple(_cost(each, target) for each in same)
+        groups.append(Group(label=unlike, curves=tuple(same), costs=costs))
+    return target, groups
 
 
-def _label(run: Run) -> str:
-    return f"{run.name} · {run.algorithm}" if run.name != run.algorithm else run.name
+def _cost(curve: Curve, target: float) -> Mapping[Over, float] | None:
+    came = curve.source.ask(
+        questions.outcome,
+        curve.run.id,
+        metric=curve.metric,
+        falling=_falling(curve.metric),
+        target=target,
+    )
+    cost: dict[Over, float] = {over: float(value) for over in AXES if (value := came[over]) is not None}
+    return cost or None
+
+
+def _falling(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return any(word in metric for word in ("loss", "variance", "consensus"))
 
 
 def _but_for_the_seed(recipe: str) -> str:

@@ -29,46 +29,21 @@ __all__ = [
     "empty",
     "frame",
     "guarded",
-    "is_share",
     "live",
-    "number",
-    "percent",
     "plain",
     "progress_text",
     "quantities",
     "run_list",
-    "score",
     "ticks",
 ]
 
 REFRESH = 2.0
 """Seconds between two looks at what is live."""
-_SHARES = ("clients/mean", "clients/worst")
 
 
 def plain(text: str) -> str:
     """Text as it is, in a place where Streamlit would take it for Markdown."""
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>$:~])", r"\\\1", text)
-
-
-def percent(value: float | None) -> str:
-    """``91.25 %``, or a dash."""
-    return "–" if value is None or value != value else f"{100 * value:.2f} %"
-
-
-def number(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "–" if value is None or value != value else f"{value:.3g}"
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is a share between 0 and 1."""
-    return "accuracy" in metric or metric in _SHARES
-
-
-def score(value: float | None, metric: str) -> str:
-    """A metric as people read it."""
-    return percent(value) if is_share(metric) else number(value)
 
 
 def ago(seconds: float | None) -> str:

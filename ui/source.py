@@ -14,16 +14,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from hansa.core import questions
-from hansa.core.control import Coordinator
 from hansa.core.errors import HansaError, RunError
 from hansa.core.questions import Record
 from hansa.core.store import locked, writer
 from hansa.ui.launch import Launcher
 
-__all__ = ["Folder", "Run", "Server", "Source", "Status"]
+if TYPE_CHECKING:
+    from hansa.core.control import Coordinator
+
+__all__ = ["Asked", "Folder", "Question", "Run", "Server", "Source", "Status"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,6 +67,11 @@ class Run:
     made: dict[str, str] = field(default_factory=dict)
 
     @property
+    def label(self) -> str:
+        """What a table or a picture calls it."""
+        return f"{self.name} · {self.algorithm}" if self.name != self.algorithm else self.name
+
+    @property
     def active(self) -> bool:
         """Whether it may still move."""
         return self.status in ("queued", "running")
@@ -87,7 +94,15 @@ class Run:
         return self.wall * (1 - self.fraction) / self.fraction
 
 
-class Source(Protocol):
+class Asked(Protocol):
+    """What answers questions about runs."""
+
+    def ask(self, question: Question[P, T], run: str, /, *arguments: P.args, **named: P.kwargs) -> T:
+        """Put a question of :mod:`hansa.core.questions` to a run. What it returns is not to be changed."""
+        ...
+
+
+class Source(Asked, Protocol):
     """What is looked at.
 
     Every method raises :class:`~hansa.core.errors.HansaError` where it cannot be reached or read.
@@ -104,10 +119,6 @@ class Source(Protocol):
 
     def run(self, id: str) -> Run:
         """One run."""
-        ...
-
-    def ask(self, question: Question[P, T], run: str, /, *arguments: P.args, **named: P.kwargs) -> T:
-        """Put a question of :mod:`hansa.core.questions` to a run. What it returns is not to be changed."""
         ...
 
     def model(self, run: str) -> bytes:

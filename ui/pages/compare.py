@@ -10,8 +10,8 @@ import streamlit as st
 
 from hansa.core import questions
 from hansa.core.errors import HansaError
-from hansa.ui import duration, parts, size
-from hansa.ui.comparison import AXES, Curve, Group, Over, curve_of, falling, groups
+from hansa.ui import is_share, parts, score
+from hansa.ui.comparison import AXES, Group, Over, compare, curve_of
 from hansa.ui.parts import colour_of, ticks
 from hansa.ui.site import site
 from hansa.ui.source import Run
@@ -82,7 +82,7 @@ def _controls(runs: Sequence[Run]) -> tuple[str | None, Over, float | None]:
             )
             or "rounds"
         )
-        share = parts.is_share(metric)
+        share = is_share(metric)
         target = st.number_input(
             "Target, %" if share else "Target",
             value=None,
@@ -98,19 +98,15 @@ def _compare(runs: Sequence[Run], metric: str, over: Over, target: float | None)
     curves = []
     for run in runs:
         try:
-            curves.append(curve_of(source, run, metric, target=target))
+            curves.append(curve_of(source, run, metric))
         except HansaError as error:
             st.warning(parts.plain(str(error)))
     if not curves:
         return
-    if target is None:
-        bests = [each.best for each in curves]
-        target = max(bests) if falling(metric) else min(bests)
-        curves = [curve_of(source, each.run, metric, target=target) for each in curves]
-    found = groups(curves)
+    target, found = compare(curves, target)
     _picture(found, metric, over)
     table = _table(found, metric)
-    st.caption(f"Target: {metric} {parts.score(target, metric)}".replace("$", r"\$"))
+    st.caption(f"Target: {metric} {score(target, metric)}".replace("$", r"\$"))
     st.dataframe(table, hide_index=True, height="content")
     with st.container(horizontal=True):
         st.download_button(
@@ -147,7 +143,7 @@ def _picture(found: Sequence[Group], metric: str, over: Over) -> None:
             )
         )
     data = pd.concat(rows)
-    share, labels = parts.is_share(metric), [group.label for group in found]
+    share, labels = is_share(metric), [group.label for group in found]
     tip = [
         alt.Tooltip("recipe:N"),
         alt.Tooltip("x:Q", title=AXES[over], format=",.4~g"),
@@ -172,37 +168,22 @@ def _picture(found: Sequence[Group], metric: str, over: Over) -> None:
 
 
 def _table(found: Sequence[Group], metric: str) -> pd.DataFrame:
-    rows = []
-    for group in found:
-        rows.append(
+    return pd.DataFrame(
+        [
             {
                 "recipe": group.label,
                 "runs": len(group.curves),
-                "seeds": ", ".join(sorted({str(each.run.seed) for each in group.curves})),
-                f"last {metric}": _spread([each.last for each in group.curves], metric),
-                "best": _spread([each.best for each in group.curves], metric),
-                "rounds to target": _cost(group.curves, "rounds"),
-                "virtual time to": _cost(group.curves, "time"),
-                "wall time to": _cost(group.curves, "wall"),
-                "bytes to": _cost(group.curves, "bytes"),
+                "seeds": group.seeds,
+                f"last {metric}": group.spread(group.last),
+                "best": group.spread(group.best),
+                "rounds to target": group.cost("rounds"),
+                "virtual time to": group.cost("time"),
+                "wall time to": group.cost("wall"),
+                "bytes to": group.cost("bytes"),
             }
-        )
-    return pd.DataFrame(rows)
-
-
-def _spread(values: Sequence[float], metric: str) -> str:
-    series = pd.Series(values)
-    mean = parts.score(float(series.mean()), metric)
-    return mean if len(values) == 1 else f"{mean} ± {parts.score(float(series.std()), metric)}"
-
-
-def _cost(curves: Sequence[Curve], over: Over) -> str:
-    there = [each.cost[over] for each in curves if each.cost is not None]
-    if not there:
-        return "not reached"
-    mean = sum(there) / len(there)
-    said = f"{mean:,.0f}" if over == "rounds" else size(mean) if over == "bytes" else duration(mean)
-    return said if len(there) == len(curves) else f"{said} ({len(there)} of {len(curves)})"
+            for group in found
+        ]
+    )
 
 
 def _csv(found: Sequence[Group], metric: str) -> bytes:
@@ -215,10 +196,10 @@ def _csv(found: Sequence[Group], metric: str) -> bytes:
             "status": each.run.status,
             f"last {metric}": each.last,
             f"best {metric}": each.best,
-            **{f"{over} to target": None if each.cost is None else each.cost[over] for over in AXES},
+            **{f"{over} to target": None if cost is None else cost[over] for over in AXES},
         }
         for group in found
-        for each in group.curves
+        for each, cost in zip(group.curves, group.costs, strict=True)
     ]
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode()
 

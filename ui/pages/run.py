@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from hansa.core import questions
-from hansa.ui import duration, parts, size
+from hansa.ui import duration, parts, percent, score, size
 from hansa.ui.access import may_operate
 from hansa.ui.downloads import downloads
 from hansa.ui.pages import run_parts
@@ -92,7 +92,7 @@ def _steer(what: str, id: str) -> None:
 def _figures(run: Run) -> None:
     spread = site().source.ask(questions.spread, run.id, bins=300)
     figures = [
-        (run.headline, parts.score(run.last, run.headline), f"best {parts.score(run.best, run.headline)}"),
+        (run.headline, score(run.last, run.headline), f"best {score(run.best, run.headline)}"),
         ("rounds", f"{run.rounds:,}", f"of {run.total:,}" if run.total else ""),
         ("virtual time", duration(run.time), f"{duration(run.wall)} wall-clock"),
         (
@@ -103,7 +103,7 @@ def _figures(run: Run) -> None:
     ]
     if spread["round"]:
         jain = spread["jain"][-1]
-        figures.insert(1, ("worst client", parts.percent(spread["worst"][-1]), f"fairness {jain:.3f}"))
+        figures.insert(1, ("worst client", percent(spread["worst"][-1]), f"fairness {jain:.3f}"))
     with st.container(horizontal=True):
         for label, value, note in figures:
             with st.container(border=True, gap=None, width=164):

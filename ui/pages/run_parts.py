@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from hansa.core import questions
-from hansa.ui import duration, parts
+from hansa.ui import duration, is_share, parts
 from hansa.ui.comparison import AXES, Over
 from hansa.ui.parts import colour_of, frame, ticks
 from hansa.ui.site import site
@@ -64,7 +64,7 @@ def _curves(run: Run, title: str, names: Sequence[str], over: Over) -> None:
         st.caption("has no value yet")
         return
     x, kind = _FIELD[over]
-    share = parts.is_share(names[0])
+    share = is_share(names[0])
     where = alt.X(f"{x}:Q", title=AXES[over], axis=ticks(kind), scale=alt.Scale(nice=False))
     what = alt.Y(
         "value:Q", title=None, axis=ticks("share" if share else "number"), scale=alt.Scale(zero=False)

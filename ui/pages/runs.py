@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 import streamlit as st
 
-from hansa.ui import duration, parts, size
+from hansa.ui import duration, parts, score, size
 from hansa.ui.access import may_operate
 from hansa.ui.form import new_run
 from hansa.ui.routes import to
@@ -99,7 +99,7 @@ def _card(run: Run) -> None:
             st.space("stretch")
             if run.last is not None:
                 name = "accuracy" if run.headline == "accuracy" else run.headline
-                st.markdown(f"{name} **{parts.score(run.last, run.headline)}**", width="content")
+                st.markdown(f"{name} **{score(run.last, run.headline)}**", width="content")
             if run.id:
                 st.page_link(
                     to("run"), label="Open", icon=":material/open_in_full:", query_params={"run": run.id}
@@ -129,8 +129,8 @@ def _table(runs: Sequence[Run]) -> None:
             "seed": [None if run.seed is None else str(run.seed) for run in runs],
             "progress": [100 * run.fraction for run in runs],
             "rounds": [run.rounds for run in runs],
-            "score": [parts.score(run.last, run.headline) for run in runs],
-            "best": [parts.score(run.best, run.headline) for run in runs],
+            "score": [score(run.last, run.headline) for run in runs],
+            "best": [score(run.best, run.headline) for run in runs],
             "here": [duration(run.wall) for run in runs],
             "virtual": [duration(run.time) for run in runs],
             "sent": [size(run.bytes_up + run.bytes_down) for run in runs],

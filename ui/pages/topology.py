@@ -12,7 +12,7 @@ import pandas as pd
 import streamlit as st
 
 from hansa.core import questions
-from hansa.ui import parts, size
+from hansa.ui import number, parts, size
 from hansa.ui.site import site
 from hansa.ui.source import Run
 from hansa.ui.theme import CATEGORIES
@@ -81,8 +81,8 @@ def _headline(run: Run, told: Mapping[str, Any], consensus: pd.DataFrame, gap: p
         st.metric("Peers", f"{told['peers'] or run.clients or 0:,}", border=True)
         st.metric("Edges", f"{told['edges']:,}", border=True)
         st.metric("Neighbours", f"{least}" if least == most else f"{least} to {most}", border=True)
-        st.metric("Consensus distance", parts.number(_last(consensus)), border=True)
-        st.metric("Spectral gap", parts.number(_last(gap)), border=True)
+        st.metric("Consensus distance", number(_last(consensus)), border=True)
+        st.metric("Spectral gap", number(_last(gap)), border=True)
 
 
 def _last(curve: pd.DataFrame) -> float | None:
