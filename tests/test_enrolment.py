@@ -6,7 +6,9 @@ import asyncio
 import datetime as dt
 import os
 import stat
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -24,7 +26,7 @@ from grpc_health.v1.health import aio as health  # pyright: ignore[reportAttribu
 from hansa.client.enrolment import Joined, join, renew, renew_if_due
 from hansa.core import trust
 from hansa.core.errors import InputError, TrustError
-from hansa.core.trust import BACKDATE, LIFETIME, JoinToken, Role
+from hansa.core.trust import BACKDATE, LIFETIME, JoinToken, Role, files
 from hansa.core.wire.enrolment_pb2_grpc import add_RenewalServicer_to_server
 from hansa.server.trust import (
     RULES,
@@ -613,6 +615,37 @@ def test_a_key_of_another_user_is_not_used(authority: Authority, tmp_path: Path)
     os.chown(folder / "identity.pem", 12345, -1)
     with pytest.raises(TrustError, match="belongs to user 12345"):
         trust.channel_credentials(folder)
+
+
+def test_whoever_reads_while_a_certificate_is_renewed_has_key_and_certificate_of_one(
+    authority: Authority, tmp_path: Path
+) -> None:
+    folder = tmp_path / "clinic"
+    path, old = folder / "identity.pem", member(authority, folder).identity
+    pairs = [path.read_bytes()]
+    made = authority.renew(old, trust.request(folder))
+    der = made.public_bytes(serialization.Encoding.DER)
+    trust.install(folder, der, authority.certificate, authority.now())
+    pairs.append(path.read_bytes())
+    seen: list[str] = []
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            held = trust.load(folder)
+            key = serialization.load_pem_private_key(held.key, None)
+            assert x509.load_pem_x509_certificate(held.certificate).public_key() == key.public_key()
+            seen.append(held.identity.serial)
+
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(read)
+        try:
+            for i in range(500):  # as `install` does
+                files.replace(path, pairs[i % 2], files.PRIVATE)
+        finally:
+            over.set()
+        reading.result()
+    assert len(set(seen)) == 2
 
 
 def test_key_certificate_and_authority_must_belong_together(authority: Authority, tmp_path: Path) -> None:

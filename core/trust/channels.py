@@ -125,7 +125,7 @@ def explain(
     context = ssl.create_default_context(cadata=authority.public_bytes(Encoding.PEM).decode())
     context.set_alpn_protocols(["h2"])
     if folder is not None:
-        context.load_cert_chain(folder / IDENTITY)
+        _show(context, folder / IDENTITY)
     try:
         with (
             socket.create_connection((host, port), timeout=_PROBE_SECONDS) as plain,
@@ -145,6 +145,14 @@ def explain(
     except OSError as error:
         return f"{address}: no connection ({error.strerror or error}); check that a coordinator runs there"
     return _caller_refused(address, authority, folder, now or utcnow())
+
+
+def _show(context: ssl.SSLContext, identity: Path) -> None:
+    """OpenSSL opens the file for the certificate, then for the key; a renewal may fall between the two."""
+    try:
+        context.load_cert_chain(identity)
+    except ssl.SSLError:
+        context.load_cert_chain(identity)
 
 
 def _coordinator_refused(error: ssl.SSLCertVerificationError, address: str, now: datetime) -> str:

@@ -69,8 +69,12 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     TrustError
         When it is absent, readable by others, or no key on P-256.
     """
+    return _key_in(files.read_private(path), path)
+
+
+def _key_in(pem: bytes, path: Path) -> ec.EllipticCurvePrivateKey:
     try:
-        key = serialization.load_pem_private_key(files.read_private(path), password=None)
+        key = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -143,8 +147,8 @@ def load(folder: Path, now: datetime | None = None) -> Held:
     """
     files.check_folder(folder)
     path = folder / IDENTITY
-    whole = files.read_private(path)
-    key = read_key(path)
+    whole = files.read_private(path)  # once: a renewal may put another pair in its place at any moment
+    key = _key_in(whole, path)
     try:
         certificate = x509.load_pem_x509_certificate(whole)
         authority = x509.load_pem_x509_certificate((folder / AUTHORITY).read_bytes())
