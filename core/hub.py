@@ -9,7 +9,7 @@ it has evaluated the new model if it wants to, tells the hub so with
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from hansa.core.values import value
 from hansa.core.weights import Ledger
 
 _SPECTRUM = 400  # peers of whom a spectrum is computed in every step in which others take part
+_BLOCK = 2**21  # numbers that are mixed together: no more stand in memory beside the models
 _SPARSE = 16  # one entry of a mixing matrix in so many, or fewer, is worth a sparse product
 
 
@@ -394,24 +395,35 @@ class PeerHub(Hub):
         before = self.state.params
         values = self.algorithm.values(self.task)
         sent, self._changes = concatenate(self._changes), []
-        mixed = {}
-        for name, tensor in before.items():
-            x = (tensor.index_copy if name in values else tensor.index_add)(0, there, sent.pop(name))
-            for _ in range(self.mixing_steps):
-                x = (W.to(x.dtype) @ x.reshape(len(x), -1)).view_as(x)
-            mixed[name] = x
-
-        update = {name: x if name in values else x - before[name] for name, x in mixed.items()}
+        params = {
+            name: self._mixed(W, x, there, sent.pop(name), value=name in values) for name, x in before.items()
+        }
 
         def settle(params: Tree, update: Tree) -> Tree:
             return self.algorithm.apply(self.task, State(params), update, self._folding, "train").params
 
-        self._advance(dataclasses.replace(self.state, params=torch.vmap(settle)(before, update)))
+        for peers in _blocks(len(W), sum(x[0].numel() for x in before.values())):
+            old, new = ({name: x[peers] for name, x in tree.items()} for tree in (before, params))
+            update = {name: x if name in values else x - old[name] for name, x in new.items()}
+            for name, x in torch.vmap(settle)(old, update).items():
+                params[name][peers] = x
+        self._advance(dataclasses.replace(self.state, params=params))
         self._folding, self._acc = (), None
         measured = {"gossip/consensus": self.consensus_distance()}
         if len(there) <= _SPECTRUM:
             measured["gossip/gap"] = self._gap_among(there, W)
         return measured
+
+    def _mixed(self, W: Tensor, own: Tensor, there: Tensor, sent: Tensor, *, value: bool) -> Tensor:
+        """One tensor of all peers [n, ...] after mixing; ``sent`` [k, ...] are changes of it, or values."""
+        W, mixed = W.to(own.dtype), own.new_empty(own.shape)
+        before, given, after = (each.reshape(len(each), -1) for each in (own, sent, mixed))
+        for columns in _blocks(given.shape[1], len(own)):
+            x = before[:, columns].index_put((there,), given[:, columns], accumulate=not value)
+            for _ in range(self.mixing_steps):
+                x = W @ x
+            after[:, columns] = x
+        return mixed
 
     def _gap_among(self, there: Tensor, W: Tensor) -> float:
         peers = sorted(there.tolist())
@@ -422,8 +434,9 @@ class PeerHub(Hub):
 
     def consensus_distance(self) -> float:
         """``(1/n) Σ_i ‖x_i − x̄‖²`` over the shared floating-point tensors."""
-        squares = [(x - x.mean(0)).square().sum() / len(x) for x in self.state.params.values()]
-        return float(torch.stack(squares).sum())
+        all_ = (x.reshape(len(x), -1) for x in self.state.params.values())
+        blocks = (x[:, columns] for x in all_ for columns in _blocks(x.shape[1], len(x)))
+        return float(torch.stack([(x - x.mean(0)).square().sum() / len(x) for x in blocks]).sum())
 
     def model(self) -> Tree:
         """The average of the peers' models."""
@@ -436,6 +449,12 @@ class PeerHub(Hub):
     def traffic(self, size: int, client: int) -> int:
         """As much to each neighbour, in each mixing step."""
         return size * self._neighbours[client] * self.mixing_steps
+
+
+def _blocks(length: int, each: int) -> Iterator[slice]:
+    """0, 1, … ``length`` - 1 in slices that a cache holds, where one of them stands for ``each`` numbers."""
+    step = max(1, _BLOCK // max(each, 1))
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def spectral_gap(W: Tensor) -> float:

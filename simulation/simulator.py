@@ -506,13 +506,18 @@ class Simulator:
         tensors = put_under("hub", hub_tensors)
         private, clients, bank = self._bank.snapshot()
         tensors |= put_under("private", private)
-        # One copy of what the hub and many jobs in flight share; safetensors refuses a second.
+        # One copy of what the hub and many jobs in flight share, for safetensors refuses another, or a part.
         keys = {id(tensor): name for name, tensor in tensors.items()}
+        places = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
 
         def stored(tree: Tree) -> dict[str, str]:
             """Where each tensor of a tree stands in the file."""
             for tensor in tree.values():
-                tensors[keys.setdefault(id(tensor), f"job/{len(keys)}")] = tensor
+                if id(tensor) not in keys:
+                    keys[id(tensor)] = name = f"job/{len(keys)}"
+                    tensors[name] = (
+                        tensor.clone() if tensor.untyped_storage().data_ptr() in places else tensor
+                    )
             return {name: keys[id(tensor)] for name, tensor in tree.items()}
 
         facts = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import get_args
 
@@ -196,6 +198,60 @@ def test_absent_peers_keep_their_model_and_the_average(absent: list[int]) -> Non
     used = torch.linalg.matrix_power(lost + torch.diag(1 - lost.sum(1)), 2)
     assert torch.allclose(after, used @ before, rtol=1e-10, atol=1e-13)
     assert torch.allclose(used.sum(0), torch.ones(8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("numbers", [1, 100, 200])  # one column or peer at a time; several, the last short
+def test_blocks_of_columns_and_of_peers_change_no_digit(
+    numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = (Peers(Topology(mixing_steps=2), 64) for _ in range(2))
+    active = [i for i in range(63, -1, -1) if i != 5]
+    whole.mix(active)
+    monkeypatch.setattr("hansa.core.hub._BLOCK", numbers)
+    parts.mix(active)
+    assert torch.equal(parts.models, whole.models)
+    assert parts.hub.consensus_distance() == pytest.approx(whole.hub.consensus_distance(), rel=1e-12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
+def test_memory_beside_the_models_is_that_of_what_peers_sent_and_of_one_tensor() -> None:
+    program = """
+import resource, torch
+from torch import nn
+from hansa.core.algorithm import Report
+from hansa.core.hub import PeerHub
+from hansa.core.schedule import Joined, Stopping
+from hansa.core.task import LocalSGD, Task, regression
+from hansa.core.trees import nbytes
+from hansa.strategies.dfedsam import DFedSAM
+from hansa.strategies.rounds import Rounds
+from hansa.strategies.topologies import Topology
+torch.set_num_threads(1)
+
+def network(width, peers=64):
+    module = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+    task = Task(module, regression, local=LocalSGD(lr=0.1))
+    mixing, schedule = Topology().mixing(peers), Rounds(stop=Stopping(rounds=9), cohort=peers)
+    return PeerHub(task, DFedSAM(), schedule, clients=peers, seed=0, mixing=mixing, mixing_steps=2)
+
+def round_of(hub):
+    peers = len(hub.mixing)
+    jobs = hub.on(Joined(range(peers)), 0.0)
+    orders = [hub.receive(i, examples=1, steps=1, now=1.0) for i in range(peers)]
+    reports = orders[-1][-1].reports
+    hub.fold(reports, {name: torch.ones_like(each) for name, each in hub.state.params.items()}, {})
+    hub.close()
+
+round_of(network(8))  # threads and libraries are there
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+hub = network(640)
+before = peak()
+round_of(hub)
+print((peak() - before) / nbytes(hub.state.params))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    # 1 of what was sent, ½ of what is mixed meanwhile, and blocks of 8 MB beside 210 MB.
+    assert float(done.stdout) <= 2.0
 
 
 def test_scalar_parameters_are_mixed_too() -> None:
