@@ -1,15 +1,18 @@
 """Runs as processes of their own: started one after the other, stopped and resumed, whoever looks.
 
-A run that was started goes on when the dashboard ends; one that still waits begins when it is there again.
+A run that was started goes on when the dashboard ends; one that still waits begins when the dashboard is
+there again and that run has ended.
 
 ::
 
     <runs>/.queue/<when>.toml      a recipe that waits for its turn
     <runs>/.queue/<when>.resume    the name of a run that waits to go on
+    <runs>/.queue/<when>.running   number and name of a process, which keeps this file locked while it lives
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -19,7 +22,9 @@ import threading
 import time
 import tomllib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -51,7 +56,7 @@ class Launcher:
     def __init__(self, folder: Path, *, parallel: int = 1) -> None:
         self._folder, self._parallel = folder, parallel
         self._queue = folder / ".queue"
-        self._running: list[Launch] = []
+        self._running: dict[Path, Launch] = {}  # by the file that is locked meanwhile
         self._failed: deque[Launch] = deque(maxlen=5)
         self._lock = threading.Lock()
         self._next()
@@ -83,10 +88,10 @@ class Launcher:
             ) from error
 
     def waiting(self) -> list[Launch]:
-        """What was begun here and has not ended, and what is queued, in order."""
+        """What a dashboard has begun and has not ended, and what is queued, in order."""
         with self._lock:
             queued = [(each.suffix, _read(each)) for each in self._queued()]
-            return [*self._running, *(Launch(name=_called(*each)) for each in queued if each[1])]
+            return [*self._running.values(), *(Launch(name=_called(*each)) for each in queued if each[1])]
 
     def failed(self) -> list[Launch]:
         """The last ones that could not begin, with the reason."""
@@ -110,6 +115,7 @@ class Launcher:
 
     def _next(self) -> None:
         with self._lock:
+            self._see_others()
             if len(self._running) >= self._parallel:
                 return
             taken = next(filter(None, map(_take, self._queued())), None)
@@ -117,7 +123,13 @@ class Launcher:
                 return
             suffix, text = taken
             told = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-            with tempfile.TemporaryFile("w+", encoding="utf-8") as recipe:  # it ends with the processes
+            mark = self._queue / f"{time.time_ns()}.running"
+            draft = mark.with_suffix(".draft")
+            with (
+                tempfile.TemporaryFile("w+", encoding="utf-8") as recipe,  # it ends with the processes
+                draft.open("w", encoding="utf-8") as held,
+            ):
+                fcntl.flock(held, fcntl.LOCK_EX)  # as long as one of the processes has it open
                 recipe.write(text)
                 recipe.seek(0)  # where the other process begins to read, if it shares the position
                 if suffix == ".toml":
@@ -131,23 +143,61 @@ class Launcher:
                     stdout=told,
                     stderr=told,
                     start_new_session=True,
-                    pass_fds=[recipe.fileno()],
+                    pass_fds=[recipe.fileno(), held.fileno()],
                 )
-            launch = Launch(name=_called(suffix, text), process=process.pid)
-            self._running.append(launch)
-        threading.Thread(target=self._attend, args=(launch, process, told), daemon=True).start()
+                launch = Launch(name=_called(suffix, text), process=process.pid)
+                held.write(f"{launch.process} {launch.name}")
+            draft.rename(mark)
+            self._attend(mark, launch, partial(_end, process, told))
 
-    def _attend(self, launch: Launch, process: subprocess.Popen[bytes], told: IO[str]) -> None:
-        with told:
-            code = process.wait()
-            told.seek(0)
-            said = told.read().strip()
-        with self._lock:
-            self._running.remove(launch)
-            if code not in (0, Interrupted.exit_code):
-                error = said.removeprefix("hansa: ")[:_TOLD] or f"it ended with exit code {code}"
-                self._failed.append(replace(launch, error=error))
-        self._next()
+    def _see_others(self) -> None:
+        """Wait also for what another dashboard began, or this one before it was started again."""
+        for mark in self._queue.glob("*.running"):
+            if mark in self._running:
+                continue
+            try:
+                held = mark.open(encoding="utf-8")
+            except OSError:
+                continue  # it has just ended
+            try:
+                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                process, _, name = held.read().partition(" ")
+                self._attend(mark, Launch(name=name, process=int(process)), partial(_unlocked, held))
+            else:  # it ended while no dashboard was there
+                held.close()
+                mark.unlink(missing_ok=True)
+
+    def _attend(self, mark: Path, launch: Launch, end: Callable[[], str | None]) -> None:
+        """Let a run count as long as it runs; ``end`` waits, and tells why it could not begin."""
+
+        def wait() -> None:
+            error = end()
+            with self._lock:
+                del self._running[mark]
+                mark.unlink(missing_ok=True)
+                if error is not None:
+                    self._failed.append(replace(launch, error=error))
+            self._next()
+
+        self._running[mark] = launch
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def _end(process: subprocess.Popen[bytes], told: IO[str]) -> str | None:
+    with told:
+        code = process.wait()
+        told.seek(0)
+        said = told.read().strip()
+    if code in (0, Interrupted.exit_code):
+        return None
+    return said.removeprefix("hansa: ")[:_TOLD] or f"it ended with exit code {code}"
+
+
+def _unlocked(held: IO[str]) -> None:
+    """Wait for the end of a process that another dashboard began; its run's record tells how it was."""
+    with held:
+        fcntl.flock(held, fcntl.LOCK_SH)
 
 
 def _called(suffix: str, text: str) -> str:

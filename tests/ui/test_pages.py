@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -263,6 +265,40 @@ def test_what_waits_begins_when_the_dashboard_is_there_again(tmp_path: Path) -> 
     assert not after.failed()
     ended = [(run.name, run.status) for run in runs(tmp_path)]
     assert ended == [("second", "finished"), ("first", "finished")]
+    assert not list((tmp_path / ".queue").iterdir())
+
+
+def test_what_waits_lets_a_run_end_that_goes_on_from_before(tmp_path: Path) -> None:
+    small = {"data": {"limit": 60}, "partition": {"kind": "iid", "clients": 2}, "schedule": {"cohort": 2}}
+    long = parse({"name": "long", **small, "stop": {"rounds": 1_000_000}}).toml()
+    short = parse({"name": "short", **small, "stop": {"rounds": 1}}).toml()
+    dashboard = (
+        "import os, sys; from pathlib import Path; from hansa.ui.launch import Launcher\n"
+        "launcher = Launcher(Path(sys.argv[1]))\n"
+        "launcher.start(sys.argv[2]), launcher.start(sys.argv[3])\n"
+        "print(launcher.waiting()[0].process, flush=True); os._exit(0)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", dashboard, str(tmp_path), long, short], stdout=subprocess.PIPE, check=True
+    )
+    process = int(ended.stdout)
+    try:
+        again = Launcher(tmp_path)
+        assert [(it.name, it.process) for it in again.waiting()] == [("long", process), ("short", None)]
+        deadline = time.monotonic() + 300
+        while not any(run.rounds for run in runs(tmp_path)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert [(run.name, run.status) for run in runs(tmp_path)] == [("long", "running")]
+        assert [each.process for each in again.waiting()] == [process, None]
+    finally:
+        os.kill(process, signal.SIGTERM)
+    while again.waiting() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not again.failed()
+    assert [(run.name, run.status) for run in runs(tmp_path)] == [
+        ("short", "finished"),
+        ("long", "interrupted"),
+    ]
     assert not list((tmp_path / ".queue").iterdir())
 
 
