@@ -412,10 +412,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS], help="all, if none is named")
-    parser.add_argument("--results", type=Path, default=Path("runs/asynchronous.jsonl"))
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("runs/asynchronous.jsonl"),
+        help="file of trials (default %(default)s)",
+    )
     parser.add_argument("--write", type=Path, help="file whose tables to replace")
     parser.add_argument("--picture", type=Path, help="where to draw accuracy over virtual time")
     arguments = parser.parse_args()
+    if arguments.results.is_dir():
+        parser.error(f"--results: {arguments.results} is a folder; name a file, in it say trials.jsonl")
     torch.set_num_threads(1)
     trials = Trials(arguments.results)
     for name in arguments.experiments or EXPERIMENTS:

@@ -184,7 +184,7 @@ def _tuned(
 ) -> Tuned:
     """Try all rates, and up to ``MORE`` beyond a border at which the best lies; run it on fresh seeds."""
     found: dict[float, Outcome] = {}
-    ahead = list(rates)
+    ahead, best = list(rates), rates[0]
     while ahead:
         rate = ahead.pop(0)
         found[rate] = tried(rate, found)
