@@ -7,7 +7,8 @@ them as soon as it has what it needs, so that no gradient is ever stored.
 * While clients still agree, products use the one shared matrix: ``x W_0ᵀ``, of all clients at once.
 * Where a linear layer's change is kept as factors, ``x W_tᵀ = x W_0ᵀ − η Σ_s (x x_sᵀ) g_s``: large products
   stay shared, and memory is that of the activations.
-* Convolutions run client by client, in the memory layout in which the library is fastest.
+* Convolutions run client by client: by few multiplications (:mod:`hansa.simulation.winograd`) where that is
+  faster, and else in the memory layout in which the library is fastest.
 
 Shapes: A active clients, B examples each.
 """
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from hansa.core.folding import refuse_options
 from hansa.simulation.lanes import deal
 from hansa.simulation.moving import Moving
+from hansa.simulation.winograd import winograd
 
 _FEW_CHANNELS = 8  # below, a convolution of channels-last images is the faster one
 
@@ -106,6 +108,36 @@ class _Linear(torch.autograd.Function):
         return None, back, None, None, None
 
 
+class _Direct:
+    """The library's convolution of one client, in the memory layout in which it is fastest."""
+
+    def __init__(self, channels: int, geometry: tuple[Any, ...]) -> None:
+        self._layout = torch.channels_last if channels < _FEW_CHANNELS else torch.contiguous_format
+        self._geometry = geometry
+
+    def kernels(self, weight: Tensor) -> Tensor:
+        """The filters as :meth:`forward` and :meth:`backward` take them."""
+        return _laid(weight, self._layout)
+
+    def forward(self, x: Tensor, kernels: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Write the convolution to ``out``."""
+        out.copy_(F.conv2d(_laid(x, self._layout), kernels, bias, *self._geometry))
+
+    def backward(
+        self, g: Tensor, x: Tensor, kernels: Tensor, back: Tensor | None, gw: Tensor, gb: Tensor | None
+    ) -> None:
+        """Write the gradients by images, filters and bias."""
+        stride, padding, dilation, groups = self._geometry
+        g, x = _laid(g, self._layout), _laid(x, self._layout)
+        sizes, wants = None if gb is None else [g.shape[1]], [back is not None, True, gb is not None]
+        found = torch.ops.aten.convolution_backward(
+            g, x, kernels, sizes, stride, padding, dilation, False, [0, 0], groups, wants
+        )
+        for place, each in zip((back, gw, gb), found, strict=True):
+            if place is not None:
+                place.copy_(each)
+
+
 class _Conv2d(torch.autograd.Function):
     """Client by client; images stay in the memory layout in which they come, or that the first one makes."""
 
@@ -121,27 +153,21 @@ class _Conv2d(torch.autograd.Function):
     ) -> Tensor:
         x = x.detach()
         W, b = run.values(weight), None if bias is None else run.values(bias)
-        inside = torch.channels_last if x.shape[1] < _FEW_CHANNELS else torch.contiguous_format
-        ctx.run, ctx.x, ctx.weight, ctx.bias, ctx.geometry, ctx.inside = (
-            run,
-            x,
-            weight,
-            bias,
-            geometry,
-            inside,
-        )
         alike, images = run.agreed(weight), len(x) // run.active
-        sample = torch.empty(1, *x.shape[1:], device="meta")
-        shape = F.conv2d(sample, W.to("meta") if alike else W[0].to("meta"), None, *geometry).shape
+        w = W if alike else W[0]
+        way = winograd(x, w, *geometry) or _Direct(x.shape[1], geometry)
+        ctx.run, ctx.x, ctx.weight, ctx.bias, ctx.way = run, x, weight, bias, way
+        shape = F.conv2d(x[:1].to("meta"), w.to("meta"), None, *geometry).shape
         out = x.new_empty(len(x), *shape[1:])
-        if inside is torch.channels_last or x.is_contiguous(memory_format=torch.channels_last):
+        if x.shape[1] < _FEW_CHANNELS or x.is_contiguous(memory_format=torch.channels_last):
             out = out.to(memory_format=torch.channels_last)
+        common = way.kernels(W) if alike else None
 
         def one(k: int) -> None:
             mine = slice(k * images, (k + 1) * images)
-            w_k = W if alike else W[k]
+            kernels = way.kernels(W[k]) if common is None else common
             b_k = None if b is None or bias is None else b if run.agreed(bias) else b[k]
-            out[mine] = F.conv2d(_laid(x[mine], inside), _laid(w_k, inside), b_k, *geometry)
+            way.forward(x[mine], kernels, b_k, out[mine])
 
         deal(one, range(run.active))
         return out
@@ -149,30 +175,20 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         grad: Tensor = grads[0]
-        run, x, weight, bias, inside = ctx.run, ctx.x, ctx.weight, ctx.bias, ctx.inside
-        stride, padding, dilation, groups = ctx.geometry
+        run, x, weight, bias, way = ctx.run, ctx.x, ctx.weight, ctx.bias, ctx.way
         ctx.x = None
-        wants = [ctx.needs_input_grad[1], True, bias is not None]
-        sizes = None if bias is None else [grad.shape[1]]
         images = len(x) // run.active
-        back = torch.empty_like(x) if wants[0] else None
+        back = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         W = run.values(weight)
-        alike = run.agreed(weight)
-        shape = W.shape if alike else W.shape[1:]
-        gw = grad.new_empty(run.active, *shape)
-        gb = grad.new_empty(run.active, grad.shape[1])
+        common = way.kernels(W) if run.agreed(weight) else None
+        gw = grad.new_empty(run.active, *W.shape[-4:])
+        gb = None if bias is None else grad.new_empty(run.active, grad.shape[1])
 
         def one(k: int) -> None:
             mine = slice(k * images, (k + 1) * images)
-            g_k, x_k, w_k = (_laid(each, inside) for each in (grad[mine], x[mine], W if alike else W[k]))
-            back_k, gw_k, gb_k = torch.ops.aten.convolution_backward(
-                g_k, x_k, w_k, sizes, stride, padding, dilation, False, [0, 0], groups, wants
-            )
-            gw[k] = gw_k
-            if back is not None:
-                back[mine] = back_k
-            if bias is not None:
-                gb[k] = gb_k
+            kernels = way.kernels(W[k]) if common is None else common
+            back_k, gb_k = (None if each is None else each[at] for each, at in ((back, mine), (gb, k)))
+            way.backward(grad[mine], x[mine], kernels, back_k, gw[k], gb_k)
 
         deal(one, range(run.active))
         run.descend(weight, gw)
