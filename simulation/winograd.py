@@ -26,9 +26,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_CHANNELS = 16  # fewer, and the transforms cost more than they save
+_CHANNELS = 16  # fewer, and there is little to save
 _SIZE = 32  # of images: the matrices of an axis are dense
-_FEWER = 3  # times fewer multiplications
+_FEWER = 4  # times fewer multiplications, or the transforms cost what these save
 _FINITE = [Fraction(each) for each in ("0", "1", "-1", "1/2", "-1/2")]
 _POINTS = {  # beside infinity: those of small rounding errors, found by trial
     8: [*_FINITE, Fraction(2), Fraction(-2)],

@@ -81,6 +81,7 @@ def test_it_is_chosen_where_it_is_exact_and_saves_most() -> None:
     x, w = torch.zeros(1, 32, 14, 14), torch.zeros(64, 32, 5, 5)
     same = ([1, 1], [2, 2], [1, 1], 1)
     assert winograd(x, w, *same) is not None
+    assert winograd(x[..., :4, :4], w, *same) is not None  # as in the tests of chunks and threads
     for other in (([2, 2], *same[1:]), (*same[:2], [2, 2], 1), (*same[:3], 2), ([1, 1], [5, 5], [1, 1], 1)):
         assert winograd(x, w, *other) is None
     assert winograd(x, w[..., :3, :3], [1, 1], [1, 1], [1, 1], 1) is None
