@@ -27,8 +27,8 @@ def drawn(size: tuple[int, int], padding: tuple[int, int]) -> tuple[Tensor, ...]
 
 
 def direct(x: Tensor, w: Tensor, b: Tensor, g: Tensor, padding: tuple[int, int]) -> list[Tensor]:
-    leaves = [each.clone().requires_grad_() for each in (x, w, b)]
-    y = F.conv2d(*leaves, padding=padding)
+    leaves = images, filters, bias = [each.clone().requires_grad_() for each in (x, w, b)]
+    y = F.conv2d(images, filters, bias, padding=padding)
     return [y.detach(), *torch.autograd.grad(y, leaves, g)]
 
 
