@@ -97,6 +97,12 @@ def uniform(seed: int, purpose: str, *numbers: int) -> float:
     return unit(hashed(seed, purpose, *numbers))
 
 
+def uniforms(seed: int, purpose: str, *numbers: NDArray[np.int64]) -> NDArray[np.float64]:
+    """:func:`uniform` of many draws at once; the arrays of numbers are broadcast."""
+    words: NDArray[np.float64] = (hashes(seed, purpose, *numbers) >> np.uint64(12)).astype(np.float64)
+    return (words + 0.5) * 2.0**-52
+
+
 def hashes(seed: int, purpose: str, *numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
     """:func:`hashed` of many draws at once; the arrays of numbers are broadcast."""
     z = np.array(_purpose(seed, purpose), np.uint64)

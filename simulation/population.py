@@ -15,10 +15,11 @@ from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hansa.core.data import FederatedData
 from hansa.core.errors import InputError
-from hansa.core.randomness import among, uniform, unit
+from hansa.core.randomness import among, uniform, uniforms, unit
 from hansa.simulation.traces import Sessions, devices, sessions
 
 _normal = NormalDist().inv_cdf
@@ -231,6 +232,38 @@ class Population:
             yield from _after(since, self._charging(seed, client, share))
         else:
             yield from self._window(seed, client, share, since)
+
+    def first_changes(
+        self, seed: int, clients: int
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.bool_]]:
+        """Of clients 0, 1, …: who is there at time 0, and when each comes or goes first, and which; all [n].
+
+        What :meth:`changes` tells of one client, of many at once.
+        """
+        numbers, share = np.arange(clients), self.availability
+        if self.speeds == "traces" or self.pattern == "traces":
+            return self._one_by_one(seed, clients)
+        phases = uniforms(seed, "phase", numbers)
+        if self.pattern == "battery":
+            there = phases < share
+            means = self.period * np.where(there, share, 1 - share)
+            logarithms = np.array(
+                list(map(math.log, uniforms(seed, "charge", numbers, np.array([0])).tolist()))
+            )
+            return there, 0.0 - means * logarithms, ~there
+        starts, up = phases * self.period * self.zones, share * self.period
+        leaves = starts - self.period + up
+        comes = (leaves <= 0) & (starts > 0)
+        moments = np.where(leaves > 0, leaves, np.where(comes, starts, starts + up))
+        return (0.0 - starts) % self.period < up, moments, comes
+
+    def _one_by_one(
+        self, seed: int, clients: int
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.bool_]]:
+        first = [list(itertools.islice(self.changes(seed, client), 2)) for client in range(clients)]
+        # Who is always there has no second change.
+        moments = np.array([each[1][0] if len(each) > 1 else math.inf for each in first])
+        return np.array([each[0][1] for each in first]), moments, np.array([each[-1][1] for each in first])
 
     def _window(self, seed: int, client: int, share: float, since: float) -> Iterator[tuple[float, bool]]:
         start = uniform(seed, "phase", client) * self.period * self.zones

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from hansa.core.algorithm import Job, Report
@@ -223,10 +224,15 @@ class Simulator:
     def _open_doors(self) -> None:
         clients = self._f.clients
         if not self._population.always_there:
-            for client in range(clients):
-                if not next(self._population.changes(self._seed, client))[1]:
-                    self._absent.add(client)
-                self._set_next_change(client)
+            present, moments, comes = self._population.first_changes(self._seed, clients)
+            self._absent = set(np.flatnonzero(~present).tolist())
+            kinds = np.where(comes, _COME, _LEAVE).tolist()
+            for client, (at, kind) in enumerate(zip(np.rint(moments * 1e6).tolist(), kinds, strict=True)):
+                if 0 < at < math.inf:
+                    self._alarms.append((int(at), kind, next(self._alarm_order), client, 0))
+                elif at == 0:  # within a microsecond: what comes after it counts
+                    self._set_next_change(client)
+            heapq.heapify(self._alarms)
         there = tuple(c for c in range(clients) if c not in self._absent) if self._absent else range(clients)
         self._obey(self.hub.on(Joined(there), 0.0))
 

@@ -138,6 +138,30 @@ def written(path: Path, *lines: str) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"availability": 0.5},
+        {"availability": 0.3, "zones": 0.2, "period": 100.0},
+        {"availability": 0.9, "zones": 0.0},
+        {"availability": 0.5, "pattern": "battery"},
+        {"pattern": "traces", "sessions": ["device,start,end", "a,0,4", "b,3,5", "b,8,9"], "period": 10.0},
+        {"speeds": "traces", "devices": ["slowness,availability", "1,1", "2,0.25"]},
+    ],
+)
+def test_first_changes_of_many_are_those_of_each(fields: dict[str, Any], tmp_path: Path) -> None:
+    for key in ("sessions", "devices"):
+        if key in fields:
+            (tmp_path / key).write_text("\n".join(fields[key]))
+            fields = {**fields, key: str(tmp_path / key)}
+    population = Population(**fields)
+    there, moments, comes = population.first_changes(3, 300)
+    for client in range(300):
+        each = list(itertools.islice(population.changes(3, client), 2))
+        assert each[0] == (0.0, there[client])
+        assert [(moments[client], comes[client])] == (each[1:] or [(math.inf, True)])
+
+
 def test_devices_of_a_file(tmp_path: Path) -> None:
     file = written(tmp_path / "d.csv", "slowness,up,down,availability", "2,100,200,1", "5,10,20,0.5")
     population = Population(speeds="traces", devices=file, step_time=0.1, latency=1.0, period=10.0)

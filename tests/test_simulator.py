@@ -46,6 +46,8 @@ class Trace(Population):
     def drops_at(self, seed: int, client: int, number: int) -> float | None:
         return self.losses.get((client, number))
 
+    first_changes = Population._one_by_one
+
     def changes(self, seed: int, client: int, since: float = 0.0) -> Any:
         return iter(self.visits.get(client, ((0.0, True),)))
 
