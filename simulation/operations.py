@@ -28,6 +28,9 @@ from hansa.simulation.lanes import deal
 from hansa.simulation.moving import Moving
 from hansa.simulation.winograd import winograd
 
+_NARROW = (
+    16  # outputs; with fewer, and fewer than examples, ``W xᵀ`` takes two thirds of the time of ``x Wᵀ``
+)
 _FEW_CHANNELS = 8  # below, a convolution of channels-last images is the faster one
 
 
@@ -75,12 +78,16 @@ class _Linear(torch.autograd.Function):
         rows = x.detach().reshape(run.active, -1, x.shape[-1])  # [A, B, in]
         ctx.run, ctx.rows, ctx.weight, ctx.bias = run, rows, weight, bias
         W = run.values(weight)
-        if run.agreed(weight):
+        if W.shape[-2] < min(_NARROW, rows.shape[1]):
+            each = W.expand(run.active, *W.shape[-2:])
+            out = torch.bmm(each, rows.mT).mT.contiguous()
+        elif run.agreed(weight):
             out = F.linear(rows.flatten(0, 1), W).view(*rows.shape[:2], -1)
-            for x_s, g_s in run.history(weight):
-                out.baddbmm_(torch.bmm(rows, x_s.mT), g_s, alpha=-run.lr)
         else:
             out = torch.bmm(rows, W.mT)
+        if run.agreed(weight):
+            for x_s, g_s in run.history(weight):
+                out.baddbmm_(torch.bmm(rows, x_s.mT), g_s, alpha=-run.lr)
         if bias is not None:
             b = run.values(bias)
             out += b if run.agreed(bias) else b[:, None]
