@@ -140,7 +140,7 @@ class FusedTrainer:
             with fused:
                 outputs = model(x.flatten(0, 1))
             losses = self._federation.task.objective(outputs, y.flatten(0, 1))["loss"].view(given.shape)
-            torch.autograd.backward(losses, given.to(losses.dtype) / counts)
+            torch.sum(losses * (given.to(losses.dtype) / counts)).backward()  # type: ignore[no-untyped-call]
         return torch.where(given, losses.detach(), 0.0).sum(1).double()
 
 
