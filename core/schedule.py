@@ -320,6 +320,15 @@ class Slots:
         if self._idle is not None:
             self._idle.add(client)
 
+    @property
+    def idle(self) -> int:
+        """How many clients could be given a job."""
+        return self._there.idle - len(self.busy)
+
+    def there(self, clients: Iterable[int]) -> tuple[int, ...]:
+        """Those of some clients who are not away."""
+        return tuple(client for client in clients if client not in self._there.away)
+
     def draw(self, count: int, seed: int, purpose: str, number: int) -> tuple[int, ...]:
         """As :meth:`Roster.draw`."""
         return _drawn(self._there, self.busy, self._free, count, seed, purpose, number)

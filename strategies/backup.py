@@ -23,7 +23,7 @@ from typing import ClassVar
 
 from hansa.core.schedule import Aggregated, Command, Event, Returned, require
 from hansa.core.values import replace
-from hansa.strategies.rounds import Rounds, RoundsProgress
+from hansa.strategies.rounds import LiveRounds, Rounds, RoundsProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,29 +98,19 @@ class Backup(Rounds):
         """Nothing is known."""
         return BackupProgress(seed=seed)
 
-    def on(self, p: RoundsProgress, event: Event, now: float) -> tuple[RoundsProgress, tuple[Command, ...]]:
-        """Next progress and commands."""
+    def live(self, p: RoundsProgress) -> LiveRounds:
+        """The schedule from here on."""
         assert isinstance(p, BackupProgress)
-        match event:
-            case Returned(client) if client in p.roster.busy and not p.stopped:
-                p = self._timed(p, len(p.returned), now - p.began)
-            case Aggregated(_, measured) if p.aggregating and p.returned:
-                p = self._learnt(p, len(p.returned), measured)
-        return super().on(p, event, now)
+        return _Live(self, p)
 
-    def _begin(self, p: RoundsProgress, now: float) -> tuple[RoundsProgress, tuple[Command, ...]]:
-        after, commands = super()._begin(p, now)
-        if after is p:
-            return p, commands
-        assert isinstance(after, BackupProgress)
-        return replace(after, began=now, wanted=min(self.choice(after), after.wanted)), commands
-
-    def _timed(self, p: BackupProgress, before: int, seconds: float) -> BackupProgress:
+    def timed(self, p: BackupProgress, before: int, seconds: float) -> BackupProgress:
+        """After one more update than ``before`` was there within so many seconds."""
         times = [*p.times, *((),) * (before + 1 - len(p.times))]
         times[before] = (*times[before], seconds)[-self.window :]
         return replace(p, times=tuple(times))
 
-    def _learnt(self, p: BackupProgress, k: int, measured: Mapping[str, float]) -> BackupProgress:
+    def learnt(self, p: BackupProgress, k: int, measured: Mapping[str, float]) -> BackupProgress:
+        """After a step of k updates."""
         loss = measured.get("train/loss")
         if loss is None or "update/mean" not in measured:
             return p
@@ -163,6 +153,34 @@ class Backup(Rounds):
             if gain > rate * seconds:
                 best, rate = k, gain / seconds if seconds > 0 else gain
         return best
+
+
+class _Live(LiveRounds):
+    """What is learnt stands in the progress that the round began with."""
+
+    def __init__(self, schedule: Backup, p: BackupProgress) -> None:
+        super().__init__(schedule, p)
+        self._backup, self._known = schedule, p
+
+    def on(self, event: Event, now: float) -> tuple[Command, ...]:
+        count = len(self._returned)
+        match event:
+            case Returned() if event.client in self._slots.busy and not self._stopped:
+                self._know(self._backup.timed(self._known, count, now - self._known.began))
+            case Aggregated() if self._aggregating and count:
+                self._know(self._backup.learnt(self._known, count, event.measured))
+        return super().on(event, now)
+
+    def _begin(self, now: float) -> tuple[Command, ...]:
+        before = self._running
+        commands = super()._begin(now)
+        if self._running and not before:
+            self._know(replace(self._known, began=now))
+            self._wanted = min(self._backup.choice(self._known), self._wanted)
+        return commands
+
+    def _know(self, known: BackupProgress) -> None:
+        self._before = self._known = known
 
 
 def _mean(values: tuple[float, ...]) -> float:

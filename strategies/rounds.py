@@ -21,6 +21,7 @@ from hansa.core.schedule import (
     Progress,
     Recall,
     Returned,
+    Slots,
     Stop,
     Stopping,
     Tick,
@@ -108,71 +109,107 @@ class Rounds:
 
     def on(self, p: RoundsProgress, event: Event, now: float) -> tuple[RoundsProgress, tuple[Command, ...]]:
         """Next progress and commands."""
-        if p.stopped:
-            return p, ()
+        live = self.live(p)
+        commands = live.on(event, now)
+        return live.progress(), commands
+
+    def live(self, p: RoundsProgress) -> LiveRounds:
+        """The schedule from here on."""
+        return LiveRounds(self, p)
+
+
+class LiveRounds:
+    """The progress, changed in place."""
+
+    def __init__(self, schedule: Rounds, p: RoundsProgress) -> None:
+        self._schedule, self._before, self._slots = schedule, p, Slots(p.roster)
+        self._step, self._phase, self._wanted, self._returned = p.step, p.phase, p.wanted, list(p.returned)
+        self._running, self._aggregating, self._stopped = p.running, p.aggregating, p.stopped
+
+    def on(self, event: Event, now: float) -> tuple[Command, ...]:
+        """Commands."""
+        if self._stopped:
+            return ()
         match event:
+            case Returned() if event.client in self._slots.busy:
+                self._slots.end(event.client)
+                self._returned.append(event.client)
+                return self._maybe_close()
             case Joined():
-                return self._begin(replace(p, roster=p.roster.joined(event)), now)
-            case Left(client):
-                return self._maybe_close(replace(p, roster=p.roster.left(client)))
-            case Returned(client) if client in p.roster.busy:
-                roster = p.roster.ended(client)
-                return self._maybe_close(replace(p, roster=roster, returned=(*p.returned, client)))
-            case Tick(token) if p.running and not p.aggregating and token == self._token(p):
-                return self._close(p)
-            case Aggregated(score) if p.aggregating:
-                return self._after_step(p, score, now)
+                self._slots.joined(event)
+                return self._begin(now)
+            case Left():
+                self._slots.left(event.client)
+                return self._maybe_close()
+            case Tick() if self._running and not self._aggregating and event.token == self._token:
+                return self._close()
+            case Aggregated() if self._aggregating:
+                return self._after_step(event.score, now)
             case _:
-                return p, ()
+                return ()
 
-    def _token(self, p: RoundsProgress) -> int:
-        return p.step * self.phases + p.phase
+    @property
+    def _token(self) -> int:
+        return self._step * self._schedule.phases + self._phase
 
-    def _begin(self, p: RoundsProgress, now: float) -> tuple[RoundsProgress, tuple[Command, ...]]:
-        if p.running or p.roster.idle < self.minimum:
-            return p, ()
+    def _begin(self, now: float) -> tuple[Command, ...]:
+        schedule = self._schedule
+        if self._running or self._slots.idle < schedule.minimum:
+            return ()
         # The product of 100 and 1.1 lies a little above 110, and 110 is meant.
-        asked = math.ceil(self.cohort * self.over_selection * (1 - 1e-12))
-        chosen = p.roster.draw(asked, p.seed, "cohort", p.step)
-        p = replace(p, running=True, phase=0, wanted=min(self.cohort, len(chosen)), returned=())
-        return self._dispatch(p, chosen, now)
+        asked = math.ceil(schedule.cohort * schedule.over_selection * (1 - 1e-12))
+        chosen = self._slots.draw(asked, self._before.seed, "cohort", self._step)
+        self._running, self._phase = True, 0
+        return self._dispatch(chosen, min(schedule.cohort, len(chosen)), now)
 
-    def _dispatch(
-        self, p: RoundsProgress, clients: tuple[int, ...], now: float
-    ) -> tuple[RoundsProgress, tuple[Command, ...]]:
-        p = replace(p, roster=p.roster.dispatched(*clients))
-        commands: tuple[Command, ...] = tuple(Dispatch(client, p.phase) for client in clients)
-        if self.deadline is not None:
-            commands += (Wake(now + self.deadline, self._token(p)),)
-        return p, commands
+    def _dispatch(self, clients: tuple[int, ...], wanted: int, now: float) -> tuple[Command, ...]:
+        self._wanted, self._returned = wanted, []
+        self._slots.begin(clients)
+        commands: tuple[Command, ...] = tuple(Dispatch(client, self._phase) for client in clients)
+        if self._schedule.deadline is not None:
+            commands += (Wake(now + self._schedule.deadline, self._token),)
+        return commands
 
-    def _maybe_close(self, p: RoundsProgress) -> tuple[RoundsProgress, tuple[Command, ...]]:
-        if not p.running or p.aggregating:
-            return p, ()
-        if len(p.returned) >= p.wanted or not p.roster.busy:
-            return self._close(p)
-        return p, ()
+    def _maybe_close(self) -> tuple[Command, ...]:
+        if not self._running or self._aggregating:
+            return ()
+        return self._close() if len(self._returned) >= self._wanted or not self._slots.busy else ()
 
-    def _close(self, p: RoundsProgress) -> tuple[RoundsProgress, tuple[Command, ...]]:
-        late = tuple(sorted(p.roster.busy))
-        folded = tuple(sorted(p.returned)) if len(p.returned) >= self.minimum else ()
-        thrown = late if folded else (*late, *sorted(p.returned))
-        p = replace(p, roster=p.roster.ended(*late), returned=folded, aggregating=True)
-        return p, (*(Recall(client) for client in thrown), Aggregate(folded, p.phase))
+    def _close(self) -> tuple[Command, ...]:
+        late, returned = sorted(self._slots.busy), sorted(self._returned)
+        for client in late:
+            self._slots.end(client)
+        if len(returned) < self._schedule.minimum:
+            late, returned = late + returned, []
+        self._returned, self._aggregating = returned, True
+        return (*map(Recall, late), Aggregate(tuple(returned), self._phase))
 
-    def _after_step(
-        self, p: RoundsProgress, score: float | None, now: float
-    ) -> tuple[RoundsProgress, tuple[Command, ...]]:
-        p = replace(p, aggregating=False)
-        if p.phase + 1 < self.phases and p.returned:
-            here = tuple(client for client in p.returned if client not in p.roster.away)
-            if len(here) >= self.minimum:
-                p = replace(p, phase=p.phase + 1, wanted=len(here), returned=())
-                return self._dispatch(p, here, now)
+    def _after_step(self, score: float | None, now: float) -> tuple[Command, ...]:
+        schedule, self._aggregating = self._schedule, False
+        if self._phase + 1 < schedule.phases and self._returned:
+            here = self._slots.there(self._returned)
+            if len(here) >= schedule.minimum:
+                self._phase += 1
+                return self._dispatch(here, len(here), now)
             # Too few are left for the next phase: abandon the round, by an empty step so that it counts.
-            p = replace(p, phase=self.phases - 1, returned=(), aggregating=True)
-            return p, (Aggregate((), p.phase),)
-        p = replace(p, step=p.step + 1, running=False, returned=())
-        if reason := self.stop.reached(p.step, now, score):
-            return replace(p, stopped=True), (Stop(reason),)
-        return self._begin(p, now)
+            self._phase, self._returned, self._aggregating = schedule.phases - 1, [], True
+            return (Aggregate((), self._phase),)
+        self._step, self._running, self._returned = self._step + 1, False, []
+        if reason := schedule.stop.reached(self._step, now, score):
+            self._stopped = True
+            return (Stop(reason),)
+        return self._begin(now)
+
+    def progress(self) -> RoundsProgress:
+        """As :meth:`Rounds.on` gives it after the same events."""
+        return replace(
+            self._before,
+            roster=self._slots.roster(),
+            step=self._step,
+            returned=tuple(self._returned),
+            aggregating=self._aggregating,
+            stopped=self._stopped,
+            phase=self._phase,
+            running=self._running,
+            wanted=self._wanted,
+        )
