@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 import structlog
 
+from hansa.core.trees import Tree
 from hansa.core.trust.identity import Identity
 from hansa.core.wire import INLINE, PIECE, stranger, version
 from hansa.core.wire import federation_pb2 as pb
@@ -303,7 +304,7 @@ class Agents(AgentsServicer):
         self._under_way.add(claim)
         account.uploads += 1
         try:
-            data = await self._take(messages, context, name, run, job, manifest)
+            data, tree = await self._take(messages, context, name, run, job, manifest)
             verdict = await run.tell(
                 "update",
                 client=job.client,
@@ -316,6 +317,7 @@ class Agents(AgentsServicer):
                     "agent": name,
                 },
                 data=data,
+                tree=tree,
             )
         except OSError as error:
             why = f"the coordinator's disk takes nothing now ({error.strerror}); send it again later"
@@ -360,19 +362,20 @@ class Agents(AgentsServicer):
         run: Run,
         job: Open,
         manifest: pb.Manifest,
-    ) -> bytes | None:
-        """Take the bytes and check them: those of the manifest, or pieces, which then are an artefact."""
+    ) -> tuple[bytes | None, Tree | None]:
+        """Take the bytes and check them: those of the manifest, or pieces, which then are an artefact.
+
+        Returns the bytes in the first case, and the tensors if they may stay in memory.
+        """
         data = manifest.update.data
         try:
             if 0 < len(data) == manifest.update.size <= self._limits.inline:
                 point("after-pieces")
                 if hashlib.sha256(data).hexdigest() != manifest.update.digest:
                     raise _Damaged
-                unpack(data, job.expected)
-                return data
+                return data, unpack(data, job.expected)
             async with self._accounts.of(name).permits, self._permits:
-                await self._receive(messages, context, name, run, job, manifest)
-            return None
+                return None, await self._receive(messages, context, name, run, job, manifest)
         except _Damaged:  # on its way: it may be sent again
             await self._refuse(context, Code.DATA_LOSS, name, str(_Damaged()), run=run.id)
         except Malformed as error:
@@ -389,7 +392,7 @@ class Agents(AgentsServicer):
         run: Run,
         job: Open,
         manifest: pb.Manifest,
-    ) -> None:
+    ) -> Tree | None:
         """Let the pieces come into an artefact, and check them."""
         digest, size = manifest.update.digest, manifest.update.size
         reception = self._office.artefacts.receive(run.id, f"{job.client}-{job.number}", digest, size)
@@ -412,22 +415,24 @@ class Agents(AgentsServicer):
                 if reception.take(data):
                     await asyncio.to_thread(reception.write)
             point("after-pieces")
-            await asyncio.to_thread(self._keep, reception, job)
+            tree = await asyncio.to_thread(self._keep, reception, job)
         except BaseException:
             reception.pause()
             raise
         point("after-rename")
+        return tree
 
     @staticmethod
-    def _keep(reception: Reception, job: Open) -> None:
+    def _keep(reception: Reception, job: Open) -> Tree | None:
         try:
             if not reception.whole():
                 raise _Damaged
-            reception.check(job.expected)
+            tree = reception.check(job.expected)
         except Malformed:
             reception.discard()
             raise
         reception.keep()
+        return tree
 
     async def _next(
         self, messages: AsyncIterator[pb.UploadRequest], context: Context, name: str

@@ -21,8 +21,6 @@ import itertools
 import os
 import re
 import shutil
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,14 +29,13 @@ from hansa.core import disk
 from hansa.core.errors import RunError
 from hansa.core.trees import Tree
 from hansa.core.wire.federation_pb2 import TensorInfo
-from hansa.core.wire.tensors import Bytes, unpack_file, view
+from hansa.core.wire.tensors import Bytes, unpack_file
 from hansa.server.pages import Pages, open_file, rounded, takes_direct, write
 from hansa.server.patience import Over
 from hansa.server.reception import InMemory, OnDisk, Reception
 
 _SMALL = 8 << 20  # bytes of an update that is received in memory, and stays there until it is folded
-_WARM = 64 << 20  # bytes of such updates; the oldest go, and are read from disk
-_SPARE = 64 << 20  # bytes of memory that wait for the next ones
+_MEMORY = 192 << 20  # bytes for such updates; above it they do not stay, and are read from disk again
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -51,13 +48,10 @@ class Artefacts:
         self._spool.mkdir(parents=True, exist_ok=True)
         self._snapshots = folder / "snapshots"
         self._snapshots.mkdir(exist_ok=True)
-        self.pages, self.direct = Pages(_SPARE), takes_direct(self._spool)
-        self._warm: OrderedDict[str, Bytes] = OrderedDict()
-        self._warmth = 0  # bytes
+        self.pages, self.direct = Pages(_MEMORY), takes_direct(self._spool)
         self._unsettled = False
         self._left = {(path.parent.name, path.stem): path for path in self._spool.glob("*/*")}
         self._drafts = itertools.count()
-        self._lock = threading.Lock()
 
     def path(self, digest: str) -> Path:
         """Where an artefact is, if it is there."""
@@ -110,7 +104,7 @@ class Artefacts:
         self._left[path.parent.name, path.stem] = path
 
     def write(self, memory: Bytes, size: int, digest: str) -> None:
-        """Store an update, and keep it in memory, too; durable after :meth:`settle`.
+        """Store an update; durable after :meth:`settle`.
 
         ``memory``: of :attr:`pages`; the first ``size`` bytes are the update.
         """
@@ -126,12 +120,6 @@ class Artefacts:
         except OSError:
             draft.unlink(missing_ok=True)
             raise
-        with self._lock:
-            if digest not in self._warm:
-                self._warm[digest] = memory[:size]
-                self._warmth += size
-                while self._warmth > _WARM:
-                    self._warmth -= len(self._warm.popitem(last=False)[1])
 
     def keep(self, file: int, path: Path, digest: str) -> None:
         """Move a written file to its digest: never bytes that may be lost over others that are needed."""
@@ -140,19 +128,13 @@ class Artefacts:
         self._unsettled = True
 
     def tree(self, digest: str, tensors: Sequence[TensorInfo]) -> Tree | None:
-        """An update's tensors, if it is here; from memory once, for it is folded once.
+        """An update's tensors, if it is here.
 
         Raises
         ------
         Malformed
             When it is no longer what it was.
         """
-        with self._lock:
-            data = self._warm.pop(digest, None)
-            if data is not None:
-                self._warmth -= len(data)
-        if data is not None:
-            return view(data, tensors)
         path = self.path(digest)
         return unpack_file(path, tensors) if path.is_file() else None
 

@@ -34,6 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from hansa.core.errors import RunError
+from hansa.core.trees import Tree
 from hansa.server import database
 from hansa.server.patience import Over, insist, reason
 
@@ -93,7 +94,7 @@ class Event:
     """Something that happened to a run, at ``at`` seconds on its clock.
 
     ``data`` are an update's bytes where they are few: kept beside the event (:meth:`EventLog.blob`), and not
-    read with it.
+    read with it. ``tree`` are its tensors, while they are still in memory.
     """
 
     seq: int
@@ -103,6 +104,7 @@ class Event:
     number: int | None = None
     body: Mapping[str, Any] = field(default_factory=dict)
     data: bytes | None = None
+    tree: Tree | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,5 +389,5 @@ def _replace(connection: Connection, run: str, snapshot: Snapshot) -> None:
 
 
 def _row(run: str, each: Event) -> dict[str, Any]:
-    facts = {key: value for key, value in vars(each).items() if key != "data"}
+    facts = {key: value for key, value in vars(each).items() if key not in ("data", "tree")}
     return {**facts, "run": run, "body": json.dumps(each.body, sort_keys=True)}

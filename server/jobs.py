@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hansa.core.trees import Tree
 from hansa.core.wire.federation_pb2 import TensorInfo
 from hansa.core.wire.tensors import Packed
 
@@ -19,7 +20,7 @@ class Open:
     packed: what the client receives.
     expected: tensors of the update that it shall send.
     recalled: it was asked for what it has.
-    update: digest of the update, once it has arrived. data: its bytes, where they came with the event.
+    update: digest of the update, once it has arrived. tree: its tensors, while they are still in memory.
     """
 
     client: int
@@ -31,14 +32,14 @@ class Open:
     sent: float
     recalled: bool = False
     update: str | None = None
-    data: bytes | None = None
+    tree: Tree | None = None
     examples: int = 0
     steps: int = 0
     loss: float | None = None
 
     def facts(self) -> dict[str, Any]:
         """For :func:`restored`, as JSON holds it, without the payload and the update."""
-        facts = {name: value for name, value in vars(self).items() if name != "data"}
+        facts = {name: value for name, value in vars(self).items() if name != "tree"}
         facts["packed"], facts["expected"] = named(self.packed), plain(self.expected)
         facts["keys"] = None if self.keys is None else sorted(self.keys)
         return facts

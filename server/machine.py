@@ -25,7 +25,7 @@ from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import ClientScores, Outcome, Participation, Round, Verdicts
 from hansa.core.trees import Tree, movement, nbytes, pick
 from hansa.core.wire.federation_pb2 import TensorInfo
-from hansa.core.wire.tensors import Packed, describe, pack, unpack
+from hansa.core.wire.tensors import Packed, describe, pack
 from hansa.server import evaluation, jobs
 from hansa.server.evaluation import Evaluation
 from hansa.server.events import Event
@@ -189,7 +189,7 @@ class Machine:
                     self.late.add((client, event.number))
                 else:
                     job = self.open[client][event.number]
-                    job.update, job.data, job.loss = body["digest"], event.data, body["loss"]
+                    job.update, job.tree, job.loss = body["digest"], event.tree, body["loss"]
                     job.examples, job.steps = body["examples"], body["steps"]
                     self._failures.pop(client, None)
                     self._obey(self.hub.receive(client, examples=job.examples, steps=job.steps, now=now))
@@ -310,9 +310,7 @@ class Machine:
         for report in reports:
             job = self.open[report.client][report.number]
             assert job.update is not None
-            update = (
-                self._load(job.update, job.expected) if job.data is None else unpack(job.data, job.expected)
-            )
+            update = self._load(job.update, job.expected) if job.tree is None else job.tree
             self.hub.fold(
                 [report], {name: each.to(self._f.task.device)[None] for name, each in update.items()}, {}
             )

@@ -29,11 +29,11 @@ class Pages:
 
     Parameters
     ----------
-    most: bytes that may wait to be used again.
+    most: bytes, lent and waiting to be lent again, above which what comes back is given to the system.
     """
 
     def __init__(self, most: int) -> None:
-        self._most, self._waiting = most, 0
+        self._most, self._lent, self._waiting = most, 0, 0
         self._free: dict[int, list[mmap.mmap]] = {}
         self._lock = threading.RLock()  # an array may be let go of anywhere, here, too
 
@@ -43,6 +43,7 @@ class Pages:
         with self._lock:
             free = self._free.get(size)
             memory = free.pop() if free else None
+            self._lent += size
             if memory is not None:
                 self._waiting -= size
         if memory is None:
@@ -51,9 +52,15 @@ class Pages:
         weakref.finalize(array, self._back, memory).atexit = False
         return array
 
+    @property
+    def scarce(self) -> bool:
+        """Whether more is lent than there should be."""
+        return self._lent > self._most
+
     def _back(self, memory: mmap.mmap) -> None:
         with self._lock:
-            if self._waiting + len(memory) <= self._most:
+            self._lent -= len(memory)
+            if self._lent + self._waiting + len(memory) <= self._most:
                 self._free.setdefault(len(memory), []).append(memory)
                 self._waiting += len(memory)
 

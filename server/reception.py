@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from hansa.core.trees import Tree
 from hansa.core.wire.federation_pb2 import TensorInfo
 from hansa.core.wire.tensors import unpack, unpack_file
 
@@ -63,8 +64,8 @@ class Reception(ABC):
         """Whether the bytes, all there, are those of the digest."""
 
     @abstractmethod
-    def check(self, tensors: Sequence[TensorInfo]) -> None:
-        """Refuse what are not these tensors.
+    def check(self, tensors: Sequence[TensorInfo]) -> Tree | None:
+        """Refuse what are not these tensors; returns them if they may stay in memory until they are folded.
 
         Raises
         ------
@@ -113,12 +114,13 @@ class InMemory(Reception):
         """Hash, and compare."""
         return hashlib.sha256(self._data.data).hexdigest() == self._digest
 
-    def check(self, tensors: Sequence[TensorInfo]) -> None:
+    def check(self, tensors: Sequence[TensorInfo]) -> Tree | None:
         """Look at the tensors where they lie."""
-        unpack(self._data, tensors)
+        tree = unpack(self._data, tensors)
+        return None if self._artefacts.pages.scarce else tree
 
     def keep(self) -> None:
-        """Write, and leave them in memory, too."""
+        """Write."""
         self._artefacts.write(self._memory, self._size, self._digest)
         if self.away:
             self.discard()
@@ -181,7 +183,7 @@ class OnDisk(Reception):
         return self._hash.hexdigest() == self._digest
 
     def check(self, tensors: Sequence[TensorInfo]) -> None:
-        """Look at the tensors in the file."""
+        """Look at the tensors in the file, which stay there."""
         unpack_file(self._path, tensors)
 
     def keep(self) -> None:

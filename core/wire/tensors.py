@@ -35,6 +35,9 @@ _DTYPES = {
 }
 _TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _HEADER_LIMIT = 16 << 20
+_START = (
+    64 << 10
+)  # bytes that are read before they are mapped: what a map lacks comes with Python's lock held
 
 
 Bytes = NDArray[np.uint8]
@@ -118,6 +121,8 @@ def unpack_file(path: Path, tensors: Sequence[TensorInfo]) -> Tree:
     """:func:`unpack` of a file, which is mapped and not read into memory first."""
     if not path.stat().st_size:
         raise Malformed("no safetensors file: it is empty")
+    with path.open("rb") as file:
+        file.read(_START)
     return unpack(np.memmap(path, np.uint8, mode="c"), tensors)
 
 

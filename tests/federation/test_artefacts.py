@@ -64,7 +64,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return Artefacts(tmp_path)
 
 
-def test_an_update_comes_back_from_memory_and_from_disk(store: Artefacts) -> None:
+def test_an_update_comes_back_from_disk(store: Artefacts) -> None:
     tree, packed = update()
     kept(store, packed)
     assert same(found(store, packed), tree)
@@ -152,20 +152,22 @@ def test_bytes_that_may_be_lost_never_take_the_place_of_those_of_before(
     assert store.get(packed.digest) == packed.data
 
 
-def test_memory_has_an_end_and_the_oldest_come_from_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(artefacts, "_WARM", 50_000)  # two of them
-    store = Artefacts(tmp_path)
+def test_updates_stay_in_memory_while_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artefacts, "_MEMORY", 128 << 10)  # two of them
+    store, stayed = Artefacts(tmp_path), []
     made = [update(seed) for seed in range(4)]
     for seed, (_, packed) in enumerate(made):
-        kept(store, packed, f"{seed}-0")
-    for _, packed in made[:2]:
-        store.path(packed.digest).unlink()
-        assert store.tree(packed.digest, packed.tensors) is None
-    for tree, packed in made[2:]:
-        store.path(packed.digest).unlink()
-        assert same(found(store, packed), tree)
+        stayed.append(received(store, packed, f"{seed}-0").check(packed.tensors))
+    assert [each is not None for each in stayed] == [True, True, False, False]
+    for (tree, _), found in zip(made, stayed[:2], strict=False):
+        assert found is not None
+        assert same(found, tree)
+    del found
+    stayed.clear()
+    tree, packed = made[3]
+    again = received(store, packed, "4-0").check(packed.tensors)
+    assert again is not None
+    assert same(again, tree)
 
 
 def test_what_an_earlier_process_was_writing_is_swept_away(tmp_path: Path) -> None:
