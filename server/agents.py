@@ -271,8 +271,7 @@ class Agents(AgentsServicer):
         """Manifest in, permit out, pieces in, acknowledgement out."""
         name = caller().identity.name
         account = await self._admit(context, name)
-        messages = aiter(request_iterator)
-        first = await self._next(messages, context, name)
+        first = await self._next(context, name)
         if first.WhichOneof("body") != "manifest":
             await self._refuse(context, Code.FAILED_PRECONDITION, name, "a manifest comes first")
         manifest = first.manifest
@@ -304,7 +303,7 @@ class Agents(AgentsServicer):
         self._under_way.add(claim)
         account.uploads += 1
         try:
-            data, tree = await self._take(messages, context, name, run, job, manifest)
+            data, tree = await self._take(context, name, run, job, manifest)
             verdict = await run.tell(
                 "update",
                 client=job.client,
@@ -356,7 +355,6 @@ class Agents(AgentsServicer):
 
     async def _take(
         self,
-        messages: AsyncIterator[pb.UploadRequest],
         context: Context,
         name: str,
         run: Run,
@@ -375,7 +373,7 @@ class Agents(AgentsServicer):
                     raise _Damaged
                 return data, unpack(data, job.expected)
             async with self._accounts.of(name).permits, self._permits:
-                return None, await self._receive(messages, context, name, run, job, manifest)
+                return None, await self._receive(context, name, run, job, manifest)
         except _Damaged:  # on its way: it may be sent again
             await self._refuse(context, Code.DATA_LOSS, name, str(_Damaged()), run=run.id)
         except Malformed as error:
@@ -386,7 +384,6 @@ class Agents(AgentsServicer):
 
     async def _receive(
         self,
-        messages: AsyncIterator[pb.UploadRequest],
         context: Context,
         name: str,
         run: Run,
@@ -401,7 +398,7 @@ class Agents(AgentsServicer):
                 await asyncio.to_thread(reception.open)
             await context.write(pb.UploadReply(permit=pb.Permit(offset=reception.offset)))
             while reception.offset < size:
-                message = await self._next(messages, context, name)
+                message = await self._next(context, name)
                 offset, data = message.piece.offset, message.piece.data  # a copy each time that it is read
                 if message.WhichOneof("body") != "piece" or offset != reception.offset:
                     await self._refuse(
@@ -434,16 +431,15 @@ class Agents(AgentsServicer):
         reception.keep()
         return tree
 
-    async def _next(
-        self, messages: AsyncIterator[pb.UploadRequest], context: Context, name: str
-    ) -> pb.UploadRequest:
+    async def _next(self, context: Context, name: str) -> pb.UploadRequest:
         try:
             async with asyncio.timeout(self._limits.patience):
-                return await anext(messages)
-        except StopAsyncIteration:
-            await self._refuse(context, Code.INVALID_ARGUMENT, name, "the upload ended too soon")
+                message: pb.UploadRequest = await context.read()
         except TimeoutError:
             await self._refuse(context, Code.DEADLINE_EXCEEDED, name, "the next piece took too long")
+        if message is grpc.aio.EOF:
+            await self._refuse(context, Code.INVALID_ARGUMENT, name, "the upload ended too soon")
+        return message
 
     def _spoilt(self, run: Run, job: Open, name: str, problem: str) -> None:
         """A job whose update can never be right has failed."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import os
 import signal
 import tomllib
@@ -222,6 +223,7 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     async with coordinator(config, over=end):
+        gc.freeze()  # what is there now stays, and is not looked at again
         why = await ended
         if why is not None:
             raise why

@@ -11,8 +11,8 @@ from typing import Any
 from hansa.core.wire.federation_pb2 import Version
 
 MAJOR, MINOR = 1, 2
-PIECE = 512 << 10
-"""Bytes of a piece: what is a megabyte or longer, Python joins with its lock given away, and waits for it."""
+PIECE = 1 << 20
+"""Bytes of a piece: from here on Python joins what comes with its lock given away."""
 INLINE = 32 << 10
 """Bytes up to which a blob travels in the message that names it."""
 MESSAGE_LIMIT = 4 << 20
