@@ -31,6 +31,7 @@ from hansa.server.limits import Account, Accounts, Limits
 from hansa.server.office import Office
 from hansa.server.past import Past
 from hansa.server.patience import Over
+from hansa.server.pieces import Piece
 from hansa.server.reception import Reception
 from hansa.server.roster import Roster
 from hansa.server.runs import Run
@@ -272,7 +273,7 @@ class Agents(AgentsServicer):
         name = caller().identity.name
         account = await self._admit(context, name)
         first = await self._next(context, name)
-        if first.WhichOneof("body") != "manifest":
+        if isinstance(first, Piece) or first.WhichOneof("body") != "manifest":
             await self._refuse(context, Code.FAILED_PRECONDITION, name, "a manifest comes first")
         manifest = first.manifest
         run, job, claim = await self._open_job(manifest.lease, name, context)
@@ -398,18 +399,17 @@ class Agents(AgentsServicer):
                 await asyncio.to_thread(reception.open)
             await context.write(pb.UploadReply(permit=pb.Permit(offset=reception.offset)))
             while reception.offset < size:
-                message = await self._next(context, name)
-                offset, data = message.piece.offset, message.piece.data  # a copy each time that it is read
-                if message.WhichOneof("body") != "piece" or offset != reception.offset:
+                piece = await self._next(context, name)
+                if not isinstance(piece, Piece) or piece.offset != reception.offset:
                     await self._refuse(
                         context, Code.FAILED_PRECONDITION, name, "a piece is out of order", run=run.id
                     )
-                if not data or offset + len(data) > size:
+                if not piece.data or piece.offset + len(piece.data) > size:
                     reception.discard()
                     await self._refuse(
                         context, Code.INVALID_ARGUMENT, name, "more bytes than the manifest said", run=run.id
                     )
-                if reception.take(data):
+                if reception.take(piece.data):
                     await asyncio.to_thread(reception.write)
             point("after-pieces")
             tree = await asyncio.to_thread(self._keep, reception, job)
@@ -431,14 +431,15 @@ class Agents(AgentsServicer):
         reception.keep()
         return tree
 
-    async def _next(self, context: Context, name: str) -> pb.UploadRequest:
+    async def _next(self, context: Context, name: str) -> pb.UploadRequest | Piece:
         try:
             async with asyncio.timeout(self._limits.patience):
-                message: pb.UploadRequest = await context.read()
+                message: pb.UploadRequest | Piece | Any = await context.read()
         except TimeoutError:
             await self._refuse(context, Code.DEADLINE_EXCEEDED, name, "the next piece took too long")
         if message is grpc.aio.EOF:
             await self._refuse(context, Code.INVALID_ARGUMENT, name, "the upload ended too soon")
+        assert isinstance(message, pb.UploadRequest | Piece)
         return message
 
     def _spoilt(self, run: Run, job: Open, name: str, problem: str) -> None:

@@ -42,6 +42,7 @@ from hansa.server.figures import FIGURES, Condition
 from hansa.server.limits import Limits
 from hansa.server.office import Office
 from hansa.server.patience import Over
+from hansa.server.pieces import Pieces
 from hansa.server.roster import Roster
 from hansa.server.trust import (
     RULES,
@@ -151,7 +152,9 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
         if authority is None
         else Guard(RULES, authority.denied, on_refused=RefusalLog(authority.audit))
     )
-    server = grpc.aio.server(interceptors=(guard,), options=OPTIONS, maximum_concurrent_rpcs=config.rpcs)
+    server = grpc.aio.server(
+        interceptors=(guard, Pieces()), options=OPTIONS, maximum_concurrent_rpcs=config.rpcs
+    )
     agents = Agents(office, limits)
 
     def gauges(sample: federation_pb2.Sample) -> None:

@@ -52,7 +52,7 @@ class Reception(ABC):
         """Go on with what an earlier try left."""
 
     @abstractmethod
-    def take(self, data: bytes) -> bool:
+    def take(self, data: bytes | memoryview) -> bool:
         """Take the next bytes; returns whether it is time to :meth:`write`."""
 
     @abstractmethod
@@ -101,7 +101,7 @@ class InMemory(Reception):
             self._data[: len(before)] = before
             self.offset = len(before)
 
-    def take(self, data: bytes) -> bool:
+    def take(self, data: bytes | memoryview) -> bool:
         """Put the next bytes where they belong; through a memoryview, which keeps Python's lock meanwhile."""
         self._data.data[self.offset : self.offset + len(data)] = data
         self.offset += len(data)
@@ -146,7 +146,7 @@ class OnDisk(Reception):
         super().__init__(artefacts, path, digest, size, again=again)
         self.away = True
         self._hash = hashlib.sha256()
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes | memoryview] = []
         self._held = 0
         self._file: BinaryIO | None = None
 
@@ -161,7 +161,7 @@ class OnDisk(Reception):
             self._hash.update(part)
         self.offset = self._file.tell()
 
-    def take(self, data: bytes) -> bool:
+    def take(self, data: bytes | memoryview) -> bool:
         """Hold the next bytes."""
         self._pieces.append(data)
         self._held += len(data)
