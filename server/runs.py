@@ -1,8 +1,8 @@
 """A run that is live: its machine, its clock, its log, and who is there to work for it.
 
-One task per run takes what happened, in order: it numbers a batch of events, waits until they are durable,
-applies them to the machine, and lets the effects out. So nothing is acknowledged, and no job leaves, on the
-strength of an event that a crash could undo.
+One task per run takes what happened from its inbox, in order and durable, applies it to the machine, and lets
+the effects out. So nothing is acknowledged, and no job leaves, on the strength of an event that a crash could
+undo.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeVar
 
 import structlog
 from safetensors.torch import load as load_tensors
@@ -36,6 +36,7 @@ from hansa.server.crash import point
 from hansa.server.evaluation import PHASE
 from hansa.server.events import Event, EventLog, RunRow, Snapshot
 from hansa.server.figures import FIGURES
+from hansa.server.inbox import Inbox
 from hansa.server.jobs import Open
 from hansa.server.leases import Lease
 from hansa.server.machine import Effects, Machine, Verdict
@@ -69,7 +70,7 @@ class Run:
     ----------
     machine: its state. status: waiting, running, finished, interrupted or failed.
     owner: who submitted it. recipe_blob: the recipe as agents receive it.
-    told: its rounds, as they are told to who watches.
+    told: its rounds, as they are told to who watches. tell, hear: of its :class:`~hansa.server.inbox.Inbox`.
     """
 
     def __init__(
@@ -91,15 +92,14 @@ class Run:
         )
         self.machine = Machine(federation, self.load, self._score)
         self.workers: dict[int, Worker] = {}
-        self._inbox: asyncio.Queue[tuple[dict[str, Any], asyncio.Future[Verdict]]] = asyncio.Queue()
-        self._unanswered: list[asyncio.Future[Verdict]] = []
-        self._taken: dict[tuple[int, int], str] = {}  # (client, number) -> digest of its update
+        self._inbox = Inbox(functools.partial(log.append, row.id), lambda: self.now, self._verdict)
+        self.tell, self.hear = self._inbox.tell, self._inbox.hear
+        self._taken: dict[tuple[int, int], tuple[str, Verdict]] = {}  # (client, number) -> digest, verdict
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._task: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, f"run-{self.id}")
         self._clock = 0.0
         self._saved = 0  # version of the last snapshot
-        self._deaf: Over | Literal["late"] | None = None  # what everyone is told once work has ended
         self._steering, self._moving = asyncio.Lock(), asyncio.Lock()
         self.watchers: set[asyncio.Event] = set()
 
@@ -124,7 +124,8 @@ class Run:
                 self._keep(done)
         for event in self._events.events(self.id):
             if event.client is not None and event.number is not None:
-                self._taken[event.client, event.number] = event.body["digest"]
+                late = (event.client, event.number) in self.machine.late
+                self._taken[event.client, event.number] = event.body["digest"], "late" if late else "counted"
         self._saved = self.machine.hub.state.version
         if self.status in ("waiting", "running"):
             self._store.truncate(self._recorded)
@@ -140,6 +141,7 @@ class Run:
     def start(self, ended: Callable[[Run], None]) -> None:
         """Begin, or go on, with whoever is there; ``ended`` is called when nothing will happen any more."""
         self._clock = time.monotonic() - self.machine.now
+        self._inbox.seq = self.machine.seq
         self._task = asyncio.create_task(self._work(), name=f"run {self.id}")
         self._task.add_done_callback(lambda _: ended(self))
         self._set_alarms()
@@ -149,6 +151,7 @@ class Run:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+            self._inbox.rest()
         self.close()
 
     def close(self) -> None:
@@ -188,7 +191,7 @@ class Run:
     @property
     def waiting(self) -> int:
         """Messages that have not been looked at."""
-        return self._inbox.qsize()
+        return len(self._inbox)
 
     @property
     def now(self) -> float:
@@ -219,69 +222,39 @@ class Run:
 
     def accepted(self, claim: Lease) -> tuple[str, bool] | None:
         """Digest of the update of a job, and whether it counted; ``None`` if none was accepted."""
-        job = claim.client, claim.number
-        digest = self._taken.get(job)
-        return None if digest is None else (digest, job not in self.machine.late)
+        if (taken := self._taken.get((claim.client, claim.number))) is None:
+            return None
+        digest, verdict = taken
+        return digest, verdict == "counted"
+
+    def _verdict(self, client: int, number: int) -> Verdict | None:
+        taken = self._taken.get((client, number))
+        return None if taken is None else taken[1]
 
     # What happens.
 
-    async def tell(self, kind: str, **facts: Any) -> Verdict:
-        """Something happened: returns when it is durable, with the verdict on an update.
-
-        Raises
-        ------
-        Over
-            When this process may write no more.
-        """
-        match self._deaf:
-            case None:
-                return await self._queue(kind, facts)
-            case "late":
-                return "late"
-            case error:
-                raise error
-
-    def hear(self, kind: str, **facts: Any) -> None:
-        """:meth:`tell` without waiting."""
-        if self._deaf is None:
-            self._queue(kind, facts)
-
-    def _queue(self, kind: str, facts: Mapping[str, Any]) -> asyncio.Future[Verdict]:
-        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
-        self._inbox.put_nowait(({"kind": kind, **facts}, answer))
-        return answer
-
     async def _work(self) -> None:
+        shut: Over | Literal["late"] = "late"
         try:
             await self._close_if_ended()  # it was about to be, when the process ended
             while self.active or self.status == "interrupted":
-                batch = [await self._inbox.get()]
-                while not self._inbox.empty():
-                    batch.append(self._inbox.get_nowait())
-                try:
-                    await self._process(batch)
-                finally:
-                    self._unanswered = [answer for _, answer in batch]
+                for event in await self._inbox.next():
+                    await self._apply(event)
+                if self.machine.ended is not None and self._inbox.settled:
+                    self._inbox.rest()  # what comes now is in no log
+                    await self._close_if_ended()
+                if self.active and len(self._inbox) == 0:
+                    await self._snapshot_if_due()
         except Over as error:
             self._log.error("the run ends here", error=str(error))
-            self._deaf = error
+            shut = error
         except HansaError as error:
             self._log.error("the run failed", error=str(error))
             await self._fail(error)
         except Exception as error:
             self._log.exception("the run failed")
             await self._fail(error)
-        self._deaf = self._deaf or "late"
-        while not self._inbox.empty():
-            self._unanswered.append(self._inbox.get_nowait()[1])
-        for answer in self._unanswered:
-            if answer.done():
-                continue
-            if isinstance(self._deaf, Over):
-                answer.set_exception(self._deaf)
-                answer.exception()  # most do not wait for it
-            else:
-                answer.set_result("late")
+        self._inbox.shut(shut)
 
     async def _aside(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """In the run's thread: torch's own threads stay with the one that uses them."""
@@ -292,40 +265,19 @@ class Run:
     async def _insist(self, act: Callable[[], T], what: str) -> T:
         return await self._events.insist(act, f"{self.id}: {what}")
 
-    async def _process(self, batch: Sequence[tuple[dict[str, Any], asyncio.Future[Verdict]]]) -> None:
-        numbered: list[tuple[Event, list[asyncio.Future[Verdict]]]] = []
-        for facts, answer in batch:
-            twin = [each for each in numbered if each[0].number is not None and _same(each[0], facts)]
-            if twin:  # sent twice at the same time
-                twin[0][1].append(answer)
-            elif (facts.get("client"), facts.get("number")) in self._taken:
-                _answer(
-                    [answer], "late" if (facts["client"], facts["number"]) in self.machine.late else "counted"
-                )
-            else:
-                event = Event(seq=self.machine.seq + len(numbered) + 1, at=self.now, **facts)
-                numbered.append((event, [answer]))
-        if not numbered:
-            return
-        point("before-commit")
-        await self._events.append(self.id, [event for event, _ in numbered])
-        point("after-commit")
-        for event, answers in numbered:
-            verdict: Verdict = "counted"
-            if event.client is not None and event.number is not None:
-                verdict = self.machine.judge(event)
-                self._taken[event.client, event.number] = event.body["digest"]
-            _answer(answers, verdict)
-            async with self._moving:
-                effects = await self._aside(self.machine.apply, event)
-            point("after-apply")
-            self._log.debug("event", seq=event.seq, kind=event.kind, client=event.client, verdict=verdict)
-            await self._let_out(effects)
-            if event.kind == "failed" and self.active and not (self.machine.there or self.machine.open):
-                raise RunError(f"no client is left to ask; the last one said: {event.body['reason']}")
-        await self._close_if_ended()
-        if self.active and self._inbox.empty():
-            await self._snapshot_if_due()
+    async def _apply(self, event: Event) -> None:
+        verdict: Verdict = "counted"
+        if event.client is not None and event.number is not None:
+            verdict = self.machine.judge(event)
+            self._taken[event.client, event.number] = event.body["digest"], verdict
+        self._inbox.answer(event, verdict)
+        async with self._moving:
+            effects = await self._aside(self.machine.apply, event)
+        point("after-apply")
+        self._log.debug("event", seq=event.seq, kind=event.kind, client=event.client, verdict=verdict)
+        await self._let_out(effects)
+        if event.kind == "failed" and self.active and not (self.machine.there or self.machine.open):
+            raise RunError(f"no client is left to ask; the last one said: {event.body['reason']}")
 
     async def _let_out(self, effects: Effects) -> None:
         for job, partial in effects.recalls:
@@ -546,16 +498,6 @@ class Run:
         for client in clients:
             if client not in self.workers and client in self.machine.there:
                 self.hear("left", client=client)
-
-
-def _same(event: Event, facts: Mapping[str, Any]) -> bool:
-    return (event.client, event.number) == (facts.get("client"), facts.get("number"))
-
-
-def _answer(answers: Sequence[asyncio.Future[Verdict]], verdict: Verdict) -> None:
-    for each in answers:
-        if not each.done():
-            each.set_result(verdict)
 
 
 _TOLD = ("accuracy", "loss", "train/loss")

@@ -1,0 +1,154 @@
+"""What happens to a run: numbered, durable, answered, in one order.
+
+While one batch of events is applied, the next becomes durable: the disk and the hub work at the same time.
+An update that is sent twice is one event, which both senders are told about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from hansa.server.crash import point
+from hansa.server.events import Event
+from hansa.server.machine import Verdict
+from hansa.server.patience import Over
+
+Answer = asyncio.Future[Verdict]
+
+
+class Inbox:
+    """Of one run.
+
+    Parameters
+    ----------
+    append: makes events durable.
+    now: seconds on the run's clock.
+    known: the verdict on the update of a client's job, if it was applied.
+
+    Attributes
+    ----------
+    seq: number of the last event, applied or not.
+    """
+
+    def __init__(
+        self,
+        append: Callable[[Sequence[Event]], Awaitable[None]],
+        now: Callable[[], float],
+        known: Callable[[int, int], Verdict | None],
+    ) -> None:
+        self._append, self._now, self._known = append, now, known
+        self.seq = 0
+        self._waiting: asyncio.Queue[tuple[dict[str, Any], Answer]] = asyncio.Queue()
+        self._answers: dict[int, list[Answer]] = {}  # by the numbers of events that are not applied
+        self._updates: dict[tuple[int, int], int] = {}  # (client, job number) -> of such an event
+        self._ahead: asyncio.Task[list[Event]] | None = None
+        self._shut: Over | Literal["late"] | None = None
+
+    def __len__(self) -> int:
+        """Messages that have not been looked at."""
+        return self._waiting.qsize()
+
+    @property
+    def settled(self) -> bool:
+        """Whether every event that has a number is applied."""
+        return not self._answers
+
+    async def tell(self, kind: str, **facts: Any) -> Verdict:
+        """Something happened: returns when it is durable, with the verdict on an update.
+
+        Raises
+        ------
+        Over
+            When this process may write no more.
+        """
+        match self._shut:
+            case None:
+                return await self._put(kind, facts)
+            case "late":
+                return "late"
+            case error:
+                raise error
+
+    def hear(self, kind: str, **facts: Any) -> None:
+        """:meth:`tell` without waiting."""
+        if self._shut is None:
+            self._put(kind, facts)
+
+    def _put(self, kind: str, facts: Mapping[str, Any]) -> Answer:
+        answer: Answer = asyncio.get_running_loop().create_future()
+        self._waiting.put_nowait(({"kind": kind, **facts}, answer))
+        return answer
+
+    async def next(self) -> list[Event]:
+        """The next events, which are durable; those after them are on their way to the disk."""
+        self._ahead = self._ahead or asyncio.create_task(self._commit())
+        events = await self._ahead
+        self._ahead = asyncio.create_task(self._commit())
+        return events
+
+    async def _commit(self) -> list[Event]:
+        events: list[Event] = []
+        while not events:
+            messages = [await self._waiting.get()]
+            while not self._waiting.empty():
+                messages.append(self._waiting.get_nowait())
+            for facts, answer in messages:
+                if (event := self._numbered(facts, answer)) is not None:
+                    events.append(event)
+        point("before-commit")
+        await self._append(events)
+        point("after-commit")
+        return events
+
+    def _numbered(self, facts: dict[str, Any], answer: Answer) -> Event | None:
+        """The event, unless it is one that there is already."""
+        if (number := facts.get("number")) is not None:
+            job = facts["client"], number
+            if job in self._updates:
+                self._answers[self._updates[job]].append(answer)
+                return None
+            if (verdict := self._known(*job)) is not None:
+                _set(answer, verdict)
+                return None
+            self._updates[job] = self.seq + 1
+        self.seq += 1
+        self._answers[self.seq] = [answer]
+        return Event(seq=self.seq, at=self._now(), **facts)
+
+    def answer(self, event: Event, verdict: Verdict) -> None:
+        """Tell whoever waits for an event, which is now known to be applied."""
+        if event.client is not None and event.number is not None:
+            del self._updates[event.client, event.number]
+        for each in self._answers.pop(event.seq):
+            _set(each, verdict)
+
+    def rest(self) -> None:
+        """Look at no more messages; they wait."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            if self._ahead.done() and not self._ahead.cancelled():
+                self._ahead.exception()  # nobody asks for it any more
+            self._ahead = None
+
+    def shut(self, why: Over | Literal["late"]) -> None:
+        """Nothing will be applied any more: tell all who wait, and whoever comes, why."""
+        self._shut = why
+        left = [each for answers in self._answers.values() for each in answers]
+        while not self._waiting.empty():
+            left.append(self._waiting.get_nowait()[1])
+        for each in left:
+            if each.done():
+                continue
+            if isinstance(why, Over):
+                each.set_exception(why)
+                each.exception()  # most do not wait for it
+            else:
+                each.set_result(why)
+        self.rest()
+
+
+def _set(answer: Answer, verdict: Verdict) -> None:
+    if not answer.done():
+        answer.set_result(verdict)
