@@ -198,6 +198,7 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
         if enrolling is not None:
             await enrolling.stop(None)
         await office.close()
+        await log.stop()
         log.close()
         if metrics is not None:
             metrics.shutdown()

@@ -278,6 +278,12 @@ class EventLog:
     def _leading(self) -> _Leading:
         return _Leading(self._engine, self.epoch)
 
+    async def stop(self) -> None:
+        """End writing; what is on its way is not left in the middle."""
+        if self._writer is not None:
+            self._writer.cancel()
+            await asyncio.wait([self._writer])
+
     def close(self) -> None:
         """End writing, and the database's connections."""
         if self._writer is not None:

@@ -37,7 +37,7 @@ async def insist(act: Callable[[], T], what: str, *, seconds: float = math.inf) 
     until, pause = time.monotonic() + seconds, _FIRST
     while True:
         try:
-            return await asyncio.to_thread(act)
+            return await _whole(act)
         except PASSING as error:
             why = reason(error)
             if time.monotonic() + pause > until:
@@ -45,6 +45,18 @@ async def insist(act: Callable[[], T], what: str, *, seconds: float = math.inf) 
             _log.error("trying again", what=what, why=why, seconds=pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST)
+
+
+async def _whole(act: Callable[[], T]) -> T:
+    """``act`` in a thread. Whoever is cancelled waits for its end: it holds a connection."""
+    acting = asyncio.create_task(asyncio.to_thread(act))
+    try:
+        return await asyncio.shield(acting)
+    except asyncio.CancelledError:
+        await asyncio.wait([acting])
+        if not acting.cancelled():
+            acting.exception()
+        raise
 
 
 def reason(error: BaseException) -> str:
