@@ -110,7 +110,8 @@ class Replay:
             "loss": made.loss if steps else None,
             "agent": "agent",
         }
-        self._tell(at, kind="update", client=client, number=job.number, body=body, data=packed.data)
+        tree = unpack(packed.data, job.expected)
+        self._tell(at, kind="update", client=client, number=job.number, body=body, tree=tree)
 
 
 def _absent(digest: str, tensors: Sequence[Any]) -> NoReturn:
