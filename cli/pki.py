@@ -208,9 +208,8 @@ def revoke(
     out = output(json)
     with closing(_authority(folder)) as authority:
         revoked = authority.revoke(name, reason)
-    out.say(
-        f"{name}: {len(revoked)} certificate{'' if len(revoked) == 1 else 's'} revoked; unused tokens are void"
-    )
+    count = f"{len(revoked)} certificate{'' if len(revoked) == 1 else 's'}"
+    out.say(f"{name}: {count} revoked; unused tokens are void")
     out.envelope(name=name, serials=[each.serial for each in revoked])
 
 
