@@ -48,12 +48,12 @@ AGENTS, SITES = 10, "10.77.0."
 _OUT, _IN = f"{SITES}1", f"{SITES}2"
 
 
-def recipe(rounds: int) -> Recipe:
+def recipe(rounds: int, hidden: int) -> Recipe:
     return parse(
         {
             "data": {"source": "synthetic_label_shift", "groups": AGENTS, "examples": 100},
             "partition": {"kind": "iid", "clients": AGENTS},
-            "model": {"name": "mlp", "hidden": [50]},
+            "model": {"name": "mlp", "hidden": [hidden]},
             "algorithm": {"name": "scaffold"},
             "train": {"epochs": 1, "batch_size": 10, "lr": 0.05},
             "schedule": {"cohort": 8},
@@ -206,9 +206,9 @@ def finished(federation: Federation, run: str) -> None:
     assert end.end.status == "finished", end.end
 
 
-def crashes(federation: Federation, victims: str, kills: int, rounds: int, seed: int) -> None:
+def crashes(federation: Federation, victims: str, kills: int, rounds: int, hidden: int, seed: int) -> None:
     draw = random.Random(seed)
-    made = recipe(rounds)
+    made = recipe(rounds, hidden)
     coordinator = federation.coordinator()
     agents = [federation.agent(i) for i in range(AGENTS)]
     run = submitted(federation, made)
@@ -256,9 +256,11 @@ def namespace(name: str) -> Iterator[tuple[str, ...]]:
         sites("netns", "del", name)
 
 
-def partition(federation: Federation, prefix: tuple[str, ...], seconds: float, rounds: int) -> None:
+def partition(
+    federation: Federation, prefix: tuple[str, ...], seconds: float, rounds: int, hidden: int
+) -> None:
     """The cable is cut for so long while jobs and updates are under way."""
-    made = recipe(rounds)
+    made = recipe(rounds, hidden)
     coordinator = federation.coordinator()
     agents = [federation.agent(i, *prefix) for i in range(AGENTS)]
     run = submitted(federation, made)
@@ -284,6 +286,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        default=500,
+        help="units of the model's hidden layer: up to 50, updates come in their manifest; above, as files",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--database", help="URL of an empty database for the event log; SQLite by default")
     parser.add_argument("--warm", action="store_true")
@@ -293,14 +301,13 @@ def main() -> None:
         folder = Path(name)
         if given.what == "partition":
             with namespace("hansa-sites") as prefix:
-                partition(
-                    Federation(folder, _OUT, process, given.database), prefix, given.seconds, given.rounds
-                )
+                made = Federation(folder, _OUT, process, given.database)
+                partition(made, prefix, given.seconds, given.rounds, given.hidden)
             return
         with Zygote() as zygote:
             start = zygote.start if given.warm else process
             made = Federation(folder, "127.0.0.1", start, given.database)
-            crashes(made, given.what, given.kills, given.rounds, given.seed)
+            crashes(made, given.what, given.kills, given.rounds, given.hidden, given.seed)
 
 
 if __name__ == "__main__":
