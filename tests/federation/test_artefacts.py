@@ -159,10 +159,7 @@ def test_updates_stay_in_memory_while_there_is_some(tmp_path: Path, monkeypatch:
     for seed, (_, packed) in enumerate(made):
         stayed.append(received(store, packed, f"{seed}-0").check(packed.tensors))
     assert [each is not None for each in stayed] == [True, True, False, False]
-    for (tree, _), found in zip(made, stayed[:2], strict=False):
-        assert found is not None
-        assert same(found, tree)
-    del found
+    assert all(here and same(here, tree) for (tree, _), here in zip(made[:2], stayed[:2], strict=True))
     stayed.clear()
     tree, packed = made[3]
     again = received(store, packed, "4-0").check(packed.tensors)
