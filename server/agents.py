@@ -197,6 +197,8 @@ class Agents(AgentsServicer):
         if claim.what:
             self._say(run, claim, _unknown(claim.number))
             return
+        if run.job(claim) is None:
+            return
         run.hear(
             "failed",
             client=claim.client,

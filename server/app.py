@@ -226,8 +226,8 @@ async def serve(config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
+    gc.freeze()  # what is there now stays, and is not looked at again
     async with coordinator(config, over=end):
-        gc.freeze()  # what is there now stays, and is not looked at again
         why = await ended
         if why is not None:
             raise why

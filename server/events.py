@@ -216,26 +216,29 @@ class EventLog:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
-            batch, self._waiting = self._waiting, []
-            rows = [_row(run, each) for run, events, _ in batch for each in events]
-            blobs = {
-                str(each.body["digest"]): each.data
-                for _, events, _ in batch
-                for each in events
-                if each.data is not None
-            }
-            error: Exception | None = None
-            try:
-                await self.insist(partial(self._insert, rows, blobs), "writing to the event log")
-            except Exception as raised:
-                error = raised
-            for _, _, done in batch:
-                if done.done():
-                    continue
-                if error is None:
-                    done.set_result(None)
-                else:
-                    done.set_exception(error)
+            await self._write_waiting()
+
+    async def _write_waiting(self) -> None:
+        batch, self._waiting = self._waiting, []
+        rows = [_row(run, each) for run, events, _ in batch for each in events]
+        blobs = {
+            str(each.body["digest"]): each.data
+            for _, events, _ in batch
+            for each in events
+            if each.data is not None
+        }
+        error: Exception | None = None
+        try:
+            await self.insist(partial(self._insert, rows, blobs), "writing to the event log")
+        except Exception as raised:
+            error = raised
+        for _, _, done in batch:
+            if done.done():
+                continue
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
 
     async def insist(self, act: Callable[[], T], what: str, *, seconds: float = math.inf) -> T:
         """:func:`hansa.server.patience.insist`, for what ends this process when it may not be done at all."""

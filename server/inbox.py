@@ -51,9 +51,9 @@ class Inbox:
         return self._waiting.qsize()
 
     @property
-    def settled(self) -> bool:
-        """Whether every event that has a number is applied."""
-        return not self._answers
+    def unapplied(self) -> set[tuple[int, int]]:
+        """Client and job number of updates that are events and are not applied."""
+        return set(self._updates)
 
     async def tell(self, kind: str, **facts: Any) -> Verdict:
         """Something happened: returns when it is durable, with the verdict on an update.
@@ -67,9 +67,9 @@ class Inbox:
             case None:
                 return await self._put(kind, facts)
             case "late":
-                return "late"
-            case error:
-                raise error
+                return self._too_late(facts)
+            case over:
+                raise over
 
     def hear(self, kind: str, **facts: Any) -> None:
         """:meth:`tell` without waiting."""
@@ -87,6 +87,17 @@ class Inbox:
         events = await self._ahead
         self._ahead = asyncio.create_task(self._commit())
         return events
+
+    async def rest(self) -> list[Event]:
+        """Look at no more messages: they wait. Returns the events on their way, once they are durable."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return []
+        if not self._answers:
+            ahead.cancel()
+            await asyncio.wait([ahead])
+            return []
+        return await ahead
 
     async def _commit(self) -> list[Event]:
         events: list[Event] = []
@@ -124,29 +135,32 @@ class Inbox:
         for each in self._answers.pop(event.seq):
             _set(each, verdict)
 
-    def rest(self) -> None:
-        """Look at no more messages; they wait."""
+    def shut(self, why: Over | Literal["late"]) -> None:
+        """Nothing will be applied any more: tell all who wait, and whoever comes, why."""
+        self._shut = why
+        left: list[tuple[Answer, Verdict]] = [(e, "late") for each in self._answers.values() for e in each]
+        while not self._waiting.empty():
+            facts, answer = self._waiting.get_nowait()
+            left.append((answer, self._too_late(facts)))
+        for answer, verdict in left:
+            if not isinstance(why, Over):
+                _set(answer, verdict)
+            elif not answer.done():
+                answer.set_exception(why)
+                answer.exception()  # most do not wait for it
+        self.halt()
+
+    def halt(self) -> None:
+        """Look at no more messages, without a word to anybody: another process will."""
         if self._ahead is not None:
             self._ahead.cancel()
             if self._ahead.done() and not self._ahead.cancelled():
                 self._ahead.exception()  # nobody asks for it any more
-            self._ahead = None
 
-    def shut(self, why: Over | Literal["late"]) -> None:
-        """Nothing will be applied any more: tell all who wait, and whoever comes, why."""
-        self._shut = why
-        left = [each for answers in self._answers.values() for each in answers]
-        while not self._waiting.empty():
-            left.append(self._waiting.get_nowait()[1])
-        for each in left:
-            if each.done():
-                continue
-            if isinstance(why, Over):
-                each.set_exception(why)
-                each.exception()  # most do not wait for it
-            else:
-                each.set_result(why)
-        self.rest()
+    def _too_late(self, facts: Mapping[str, Any]) -> Verdict:
+        """Of an update that is sent again, what was said before."""
+        number = facts.get("number")
+        return (None if number is None else self._known(facts["client"], number)) or "late"
 
 
 def _set(answer: Answer, verdict: Verdict) -> None:

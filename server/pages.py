@@ -41,16 +41,28 @@ class Pages:
         """At least ``size`` bytes, whatever they are, in whole blocks."""
         size = -(-max(size, 1) // _GRAIN) * _GRAIN
         with self._lock:
-            free = self._free.get(size)
+            free = self._free.pop(size, [])
             memory = free.pop() if free else None
+            if free:
+                self._free[size] = free  # behind the others
             self._lent += size
             if memory is not None:
                 self._waiting -= size
+            while self._waiting and self._lent + self._waiting > self._most:
+                self._give_up()
         if memory is None:
             memory = mmap.mmap(-1, size)
         array = np.frombuffer(memory, np.uint8)
         weakref.finalize(array, self._back, memory).atexit = False
         return array
+
+    def _give_up(self) -> None:
+        """Memory of a size that nobody has asked for lately."""
+        size = next(iter(self._free))
+        self._free[size].pop()
+        if not self._free[size]:
+            del self._free[size]
+        self._waiting -= size
 
     @property
     def scarce(self) -> bool:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import structlog
 from safetensors.torch import load as load_tensors
@@ -70,7 +70,7 @@ class Run:
     ----------
     machine: its state. status: waiting, running, finished, interrupted or failed.
     owner: who submitted it. recipe_blob: the recipe as agents receive it.
-    told: its rounds, as they are told to who watches. tell, hear: of its :class:`~hansa.server.inbox.Inbox`.
+    told: its rounds, as they are told to who watches.
     """
 
     def __init__(
@@ -93,9 +93,8 @@ class Run:
         self.machine = Machine(federation, self.load, self._score)
         self.workers: dict[int, Worker] = {}
         self._inbox = Inbox(functools.partial(log.append, row.id), lambda: self.now, self._verdict)
-        self.tell, self.hear = self._inbox.tell, self._inbox.hear
         self._taken: dict[tuple[int, int], tuple[str, Verdict]] = {}  # (client, number) -> digest, verdict
-        self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._timers: dict[int, tuple[float, asyncio.TimerHandle]] = {}  # token -> when, what rings
         self._task: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, f"run-{self.id}")
         self._clock = 0.0
@@ -151,12 +150,12 @@ class Run:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-            self._inbox.rest()
+            self._inbox.halt()
         self.close()
 
     def close(self) -> None:
         """Give back the record's lock, and let the timers go."""
-        for timer in self._timers.values():
+        for _, timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
         self._thread.shutdown(wait=False)
@@ -233,15 +232,22 @@ class Run:
 
     # What happens.
 
+    async def tell(self, kind: str, **facts: Any) -> Verdict:
+        """:meth:`hansa.server.inbox.Inbox.tell`."""
+        return await self._inbox.tell(kind, **facts)
+
+    def hear(self, kind: str, **facts: Any) -> None:
+        """:meth:`hansa.server.inbox.Inbox.hear`."""
+        self._inbox.hear(kind, **facts)
+
     async def _work(self) -> None:
         shut: Over | Literal["late"] = "late"
         try:
             await self._close_if_ended()  # it was about to be, when the process ended
             while self.active or self.status == "interrupted":
-                for event in await self._inbox.next():
-                    await self._apply(event)
-                if self.machine.ended is not None and self._inbox.settled:
-                    self._inbox.rest()  # what comes now is in no log
+                await self._apply(await self._inbox.next())
+                if self.machine.ended is not None:
+                    await self._apply(await self._inbox.rest())  # late, and in the log; what comes now is not
                     await self._close_if_ended()
                 if self.active and len(self._inbox) == 0:
                     await self._snapshot_if_due()
@@ -265,7 +271,11 @@ class Run:
     async def _insist(self, act: Callable[[], T], what: str) -> T:
         return await self._events.insist(act, f"{self.id}: {what}")
 
-    async def _apply(self, event: Event) -> None:
+    async def _apply(self, events: Sequence[Event]) -> None:
+        for event in events:
+            await self._apply_one(event)
+
+    async def _apply_one(self, event: Event) -> None:
         verdict: Verdict = "counted"
         if event.client is not None and event.number is not None:
             verdict = self.machine.judge(event)
@@ -301,15 +311,18 @@ class Run:
 
     def _set_alarms(self) -> None:
         loop = asyncio.get_running_loop()
-        for token in self._timers.keys() - self.machine.alarms.keys():
-            self._timers.pop(token).cancel()
-        for token, at in self.machine.alarms.items():
-            if token not in self._timers:
-                self._timers[token] = loop.call_later(max(at - self.now, 0.0), self._ring, token)
+        alarms = self.machine.alarms
+        for token, (at, timer) in list(self._timers.items()):
+            if alarms.get(token) != at:
+                timer.cancel()
+                del self._timers[token]
+        for token, at in alarms.items():
+            if token not in self._timers:  # or it has rung, and its tick is on its way
+                timer = loop.call_later(max(at - self.now, 0.0), self._ring, token)
+                self._timers[token] = at, timer
 
     def _ring(self, token: int) -> None:
         if self.active:
-            self._timers.pop(token, None)
             self.hear("tick", body={"token": token})
 
     # Rounds and models.
@@ -424,7 +437,7 @@ class Run:
                 )
             await self._insist(lambda: self._store.truncate(self._recorded), "resuming")
             await self._mark("running" if self.machine.there else "waiting", "")
-            for timer in self._timers.values():
+            for _, timer in self._timers.values():
                 timer.cancel()
             self._timers.clear()
             self._clock = time.monotonic() - self.machine.now  # the clock stood
@@ -435,6 +448,8 @@ class Run:
 
     async def _fail(self, error: BaseException) -> None:
         try:
+            await self._inbox.rest()
+            self.machine.late |= self._inbox.unapplied  # in the log, and in no model
             await self._insist(lambda: self._store.finish("failed", str(error)), "recording the failure")
             await self._mark("failed", str(error), over=True)
         except HansaError:

@@ -35,9 +35,8 @@ _DTYPES = {
 }
 _TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _HEADER_LIMIT = 16 << 20
-_START = (
-    64 << 10
-)  # bytes that are read before they are mapped: what a map lacks comes with Python's lock held
+_START = 64 << 10
+"""Bytes of a file that are read before it is mapped: what a map lacks is fetched with Python's lock held."""
 
 
 Bytes = NDArray[np.uint8]

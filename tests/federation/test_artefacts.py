@@ -212,3 +212,17 @@ def test_memory_that_waits_has_an_end() -> None:
     memory.fill(1)
     del memory
     assert not np.any(store.take(100))  # fresh from the system
+
+
+def test_memory_of_one_size_makes_room_for_another() -> None:
+    store = Pages(most=256 << 10)
+    small = [store.take(64 << 10) for _ in range(4)]
+    addresses = {each.ctypes.data for each in small}
+    small.clear()
+    large = store.take(128 << 10)
+    assert not store.scarce
+    left = [store.take(64 << 10) for _ in range(4)]
+    assert sum(each.ctypes.data in addresses for each in left) <= 2
+    assert store.scarce
+    del large, left
+    assert not store.scarce

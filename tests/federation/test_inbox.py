@@ -67,7 +67,7 @@ def test_events_are_numbered_in_order_and_handed_out_when_they_are_durable() -> 
         for each in events:
             disk.inbox.answer(each, "counted")
         assert await answer == "counted"
-        disk.inbox.rest()
+        disk.inbox.halt()
 
     play(scene)
 
@@ -78,19 +78,18 @@ def test_the_next_batch_becomes_durable_before_the_first_is_applied() -> None:
         disk.update(0, 0)
         await settle()
         first = await disk.inbox.next()
-        assert disk.inbox.settled is False
         second = disk.update(1, 0)
         await settle()
         assert disk.begun == [1, 2]
         disk.inbox.answer(first[0], "counted")
-        assert not disk.inbox.settled
+        assert disk.inbox.unapplied == {(1, 0)}
         assert not second.done()
         (event,) = await disk.inbox.next()
         assert (event.seq, event.client) == (2, 1)
         disk.inbox.answer(event, "late")
         assert await second == "late"
-        assert disk.inbox.settled
-        disk.inbox.rest()
+        assert not disk.inbox.unapplied
+        disk.inbox.halt()
 
     play(scene)
 
@@ -119,7 +118,7 @@ def test_an_update_that_is_sent_twice_is_one_event(when: str) -> None:
         assert await asyncio.gather(*answers) == ["counted", "counted"]
         assert await disk.update(4, 2) == "counted"
         assert disk.begun == [1]
-        disk.inbox.rest()
+        disk.inbox.halt()
 
     play(scene)
 
@@ -132,7 +131,7 @@ def test_whoever_waits_and_whoever_comes_when_it_is_shut_is_late() -> None:
         (event,) = await disk.inbox.next()
         disk.inbox.answer(event, "counted")
         await settle()
-        disk.inbox.rest()
+        assert await disk.inbox.rest() == []
         waiting = disk.update(1, 0)
         await settle()
         assert disk.begun == [1]  # nobody looks at it any more
@@ -142,6 +141,45 @@ def test_whoever_waits_and_whoever_comes_when_it_is_shut_is_late() -> None:
         assert await disk.update(2, 0) == "late"
         disk.inbox.hear("left", client=0)
         assert len(disk.inbox) == 0
+
+    play(scene)
+
+
+def test_who_rests_takes_what_has_a_number_and_no_more_however_much_comes() -> None:
+    async def scene() -> None:
+        disk = Disk()
+        disk.update(0, 0)
+        await settle()
+        (first,) = await disk.inbox.next()
+        disk.work(False)
+        on_its_way = disk.update(1, 0)
+        await settle()
+        disk.inbox.answer(first, "counted")
+        resting = asyncio.create_task(disk.inbox.rest())
+        waiting = [disk.update(client, 0) for client in range(2, 9)]
+        await settle()
+        disk.work(True)
+        (event,) = await resting
+        assert event.client == 1
+        disk.inbox.answer(event, "late")
+        assert await on_its_way == "late"
+        await settle()
+        assert disk.begun == [1, 2]
+        disk.inbox.shut("late")
+        assert await asyncio.gather(*waiting) == ["late"] * 7
+
+    play(scene)
+
+
+def test_an_update_that_counted_and_is_sent_again_when_it_is_shut_has_counted() -> None:
+    async def scene() -> None:
+        disk = Disk()
+        disk.known[3, 1] = "counted"
+        waiting = disk.update(3, 1)
+        disk.inbox.shut("late")
+        assert await waiting == "counted"
+        assert await disk.update(3, 1) == "counted"
+        assert await disk.update(3, 2) == "late"
 
     play(scene)
 
