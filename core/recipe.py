@@ -132,6 +132,10 @@ class EngineConfig(_Section):
     dtype: Literal["float32", "float64"] = Field(
         default="float32", description="floating-point type of the model"
     )
+    convolutions: Literal["direct", "winograd"] = Field(
+        default="direct",
+        description='"winograd" is faster for 5x5 kernels in the fused tier, and rounds ten times as much',
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; by default as many as pay")
     bank_memory: float = Field(
         default=4.0,

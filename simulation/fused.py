@@ -117,7 +117,8 @@ class FusedTrainer:
         task = self._federation.task
         with self._clock("data"):
             planned = data.plan(works)
-        moving = Moving(task, works, planned.sizes, self._usual)
+        winograd = self._federation.recipe.engine.convolutions == "winograd"
+        moving = Moving(task, works, planned.sizes, self._usual, winograd=winograd)
         fused = Fused(moving)
         totals = torch.zeros(len(works), dtype=torch.float64, device=task.device)
         with task.training_calls(moving.tokens) as model:

@@ -83,9 +83,13 @@ class Moving:
     common: W_0 where all clients start alike. own: [K, ...] where they do not, or no longer.
     dense: beside the factors, the weights of the first rows, once these have taken many steps.
     names: of what stands in for the module's tensors while it runs, by identity.
+    winograd: whether convolutions may round more to be faster.
     """
 
-    def __init__(self, task: Task, works: Sequence[Work], sizes: Ints, job: Usual) -> None:
+    def __init__(
+        self, task: Task, works: Sequence[Work], sizes: Ints, job: Usual, *, winograd: bool = False
+    ) -> None:
+        self.winograd = winograd
         self.task, self.clients, self.active = task, len(works), len(works)
         self.lr, self.keep = task.local.lr, 1.0 - task.local.lr * task.local.weight_decay
         self.order: Ints = np.argsort(-np.count_nonzero(sizes, axis=1), kind="stable")

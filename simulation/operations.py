@@ -7,8 +7,8 @@ them as soon as it has what it needs, so that no gradient is ever stored.
 * While clients still agree, products use the one shared matrix: ``x W_0ᵀ``, of all clients at once.
 * Where a linear layer's change is kept as factors, ``x W_tᵀ = x W_0ᵀ − η Σ_s (x x_sᵀ) g_s``: large products
   stay shared, and memory is that of the activations.
-* Convolutions run client by client: by few multiplications (:mod:`hansa.simulation.winograd`) where that is
-  faster, and else in the memory layout in which the library is fastest.
+* Convolutions run client by client, in the memory layout in which the library is fastest; or by few
+  multiplications (:mod:`hansa.simulation.winograd`) where that is faster, if the recipe allows its rounding.
 
 Shapes: A active clients, B examples each.
 """
@@ -162,7 +162,8 @@ class _Conv2d(torch.autograd.Function):
         W, b = run.values(weight), None if bias is None else run.values(bias)
         alike, images = run.agreed(weight), len(x) // run.active
         w = W if alike else W[0]
-        way = winograd(x, w, *geometry) or _Direct(x.shape[1], geometry)
+        fast = winograd(x, w, *geometry) if run.winograd else None
+        way = fast or _Direct(x.shape[1], geometry)
         ctx.run, ctx.x, ctx.weight, ctx.bias, ctx.way = run, x, weight, bias, way
         shape = F.conv2d(x[:1].to("meta"), w.to("meta"), None, *geometry).shape
         out = x.new_empty(len(x), *shape[1:])

@@ -191,7 +191,8 @@ def _key(federation: Federation) -> str:
         [[name, list(each.shape), str(each.dtype), task.roles[name]] for name, each in task.initial.items()],
         [type(f.algorithm).__name__, repr(task.local), repr(f.work)],
         [str(task.device), platform.node(), platform.processor(), os.cpu_count(), torch.__version__],
-        [f.recipe.engine.threads, f.recipe.engine.chunk, int(f.data.train_shards.sizes.double().mean())],
+        [f.recipe.engine.threads, f.recipe.engine.chunk, f.recipe.engine.convolutions],
+        [int(f.data.train_shards.sizes.double().mean())],
     ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from hansa.core.models import (
     ResNet18Config,
     build,
 )
-from hansa.core.recipe import Recipe
+from hansa.core.recipe import EngineConfig, Recipe
 from hansa.core.sums import BLOCK
 from hansa.core.task import LocalSGD, LocalWork, Task
 from hansa.simulation.cohort import Results, SequentialTrainer, Work
@@ -119,6 +121,7 @@ def federation(
     algorithm: FedAvg,
     weight_decay: float = 0.0,
     dtype: torch.dtype = torch.float64,
+    convolutions: Literal["direct", "winograd"] = "direct",
 ) -> Federation:
     rng = torch.Generator().manual_seed(1)
     total = sum(SIZES)
@@ -132,7 +135,7 @@ def federation(
     shards = Shards(torch.arange(total), torch.tensor([0, *SIZES]).cumsum(0))
     local = LocalSGD(lr=0.1, weight_decay=weight_decay)
     return Federation(
-        recipe=Recipe(),
+        recipe=Recipe(engine=EngineConfig(convolutions=convolutions)),
         task=Task(module, local=local, partition=algorithm.partition, classes=10, dtype=dtype),
         algorithm=algorithm,
         schedule=Rounds(cohort=len(SIZES)),
@@ -197,14 +200,19 @@ def test_sums_over_blocks_are_sums_of_updates(name: str, alike: bool) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["logistic", "mlp", "leaf cnn"])
-def test_sums_do_not_depend_on_the_chunk_or_on_threads_to_the_last_bit(name: str, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "convolutions"),
+    [("logistic", "direct"), ("mlp", "direct"), ("leaf cnn", "direct"), ("leaf cnn", "winograd")],
+)
+def test_sums_do_not_depend_on_the_chunk_or_on_threads_to_the_last_bit(
+    name: str, convolutions: Literal["direct", "winograd"], threads: int
+) -> None:
     config, sample = MODELS[name]
     module = build(config, sample=sample, outputs=10, seed=0)
     weights = torch.tensor(SIZES, dtype=torch.float64)
     made = []
     for chunk in (8, 16):
-        f = federation(module, sample, FedAvg(), dtype=torch.float32)
+        f = federation(module, sample, FedAvg(), dtype=torch.float32, convolutions=convolutions)
         tier = FusedTrainer(f, seed=0, chunk=chunk, otherwise=SequentialTrainer(f, seed=0))
         torch.set_num_threads(threads if chunk == 16 else 1)
         try:

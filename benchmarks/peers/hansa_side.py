@@ -37,7 +37,7 @@ def federation(job: Job) -> Federation:
             "schedule": {"cohort": job.cohort},
             "stop": {"rounds": job.rounds + 1},
             "evaluation": {"every": job.rounds + 1, "clients": 0},
-            "engine": {"threads": job.threads, "device": job.device},
+            "engine": {"threads": job.threads, "device": job.device, "convolutions": "winograd"},
         }
     )
     x, y, indices = torch.from_numpy(job.x), torch.from_numpy(job.y), torch.from_numpy(job.shards)

@@ -101,6 +101,7 @@ ENGINES: dict[str, Mapping[str, Any]] = {
     "batched-all": {"mode": "batched", "chunk": 6},
     "fused-3": {"mode": "fused", "chunk": 3},
     "fused-all": {"mode": "fused", "chunk": 6},
+    "fused-winograd": {"mode": "fused", "chunk": 6, "convolutions": "winograd"},
 }
 FUSIBLE = (  # the rest is refused
     "local-plain",
@@ -114,6 +115,7 @@ FUSIBLE = (  # the rest is refused
 PAIRS = [
     *((name, engine) for name in CASES for engine in ("batched-3", "batched-all")),
     *((name, engine) for name in FUSIBLE for engine in ("fused-3", "fused-all")),
+    ("fedavg-cnn", "fused-winograd"),
 ]
 # Clients of unlike speed, so that asynchronous schedules fold stale and partial updates.
 DEVICES = Population(speeds="uniform", spread=4.0, latency=0.5)
@@ -206,6 +208,11 @@ def test_engines_and_chunks_agree(outcome: Run, name: str, engine: str) -> None:
 def test_engines_agree_in_single_precision(outcome: Run, name: str, engine: str) -> None:
     found = outcome(name, engine, "float32")
     assert error(found.tensors, outcome(name, "sequential", "float32").tensors) < 1e-4
+
+
+def test_few_multiplications_round_ten_times_as_much_in_single_precision(outcome: Run) -> None:
+    found, expected = (outcome("fedavg-cnn", each, "float32") for each in ("fused-winograd", "sequential"))
+    assert 0 < error(found.tensors, expected.tensors) < 1e-3
 
 
 # Reproducibility.
