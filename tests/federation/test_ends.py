@@ -1,0 +1,137 @@
+"""How a run ends while messages come: what is told then is what the log says for good."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from floor import small
+
+from hansa.core.wire.tensors import _TYPES, pack, unpack
+from hansa.server.artefacts import Artefacts
+from hansa.server.events import Event, EventLog, RunRow
+from hansa.server.jobs import Open
+from hansa.server.leases import Lease
+from hansa.server.machine import Effects, Verdict
+from hansa.server.past import Past
+from hansa.server.runs import Run
+from hansa.strategies.catalog import assemble
+
+
+class Agent:
+    """Has all clients, and does with a job what ``do`` says."""
+
+    name, own = "agent", False
+
+    def __init__(self, do: Callable[[Run, Open], object]) -> None:
+        self._do = do
+
+    def push(self, run: Run, job: Open) -> None:
+        self._do(run, job)
+
+    def recall(self, run: Run, job: Open, partial: bool) -> None:
+        pass
+
+
+async def send(run: Run, job: Open) -> Verdict:
+    packed = pack({each.name: torch.zeros(*each.shape, dtype=_TYPES[each.dtype]) for each in job.expected})
+    body = {"digest": packed.digest, "examples": 3, "steps": 1, "loss": 0.5, "agent": "agent"}
+    tree = unpack(packed.data, job.expected)
+    return await run.tell(
+        "update", client=job.client, number=job.number, body=body, data=packed.data, tree=tree
+    )
+
+
+@asynccontextmanager
+async def running(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: Mapping[str, Any]
+) -> AsyncIterator[tuple[Run, EventLog, asyncio.Event]]:
+    """A run over a disk that takes 10 ms, and whether it is over."""
+    recipe, artefacts = small(**sections), Artefacts(folder / "artefacts")
+    log = EventLog(f"sqlite:///{folder / 'log.db'}", before=artefacts.settle)
+    row = RunRow(
+        id="r", key=None, owner="u", recipe=recipe.toml(), secret=b"s" * 32, wait_for=0, status="waiting"
+    )
+    log.submit(row)
+    append, over = log.append, asyncio.Event()
+
+    async def slow(run: str, events: Sequence[Event]) -> None:
+        await asyncio.sleep(0.01)
+        await append(run, events)
+
+    monkeypatch.setattr(log, "append", slow)
+    (folder / "r").mkdir()
+    run = Run(row, assemble(recipe), folder / "r", log, artefacts)
+    run.start(lambda _: over.set())
+    try:
+        yield run, log, over
+    finally:
+        await run.end()
+        await log.stop()
+        log.close()
+
+
+def test_a_run_ends_however_much_is_said_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        sent: list[asyncio.Task[Verdict]] = []
+        agent = Agent(lambda run, job: sent.append(asyncio.create_task(send(run, job))))
+        async with running(tmp_path, monkeypatch, stop={"rounds": 1}) as (run, log, over):
+
+            async def chatter() -> None:
+                while not over.is_set():
+                    run.hear("failed", client=0, body={"number": 10**6, "reason": "chatter", "again": True})
+                    await asyncio.sleep(0.002)
+
+            run.arrive(agent, range(6))
+            chattering = asyncio.create_task(chatter())
+            await asyncio.wait_for(over.wait(), 20)
+            await chattering
+            assert run.status == "finished"
+            assert "counted" in await asyncio.gather(*sent)
+            assert len(log.events("r")) == run.machine.seq
+
+    asyncio.run(scene())
+
+
+def test_who_is_told_late_by_a_run_that_fails_was_late_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One update is on its way to the disk while the one before makes the run fail."""
+
+    async def scene() -> None:
+        jobs: list[Open] = []
+        fails = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        async with running(tmp_path, monkeypatch) as (run, log, over):
+            apply = run.machine.apply
+
+            def failing(event: Event) -> Effects:
+                if event.kind != "update":
+                    return apply(event)
+                loop.call_soon_threadsafe(fails.set)
+                while not run._inbox.unapplied:  # until the other one has a number
+                    pass
+                raise RuntimeError("a step that fails")
+
+            monkeypatch.setattr(run.machine, "apply", failing)
+            run.arrive(Agent(lambda _, job: jobs.append(job)), range(6))
+            while len(jobs) < 2:
+                await asyncio.sleep(0.01)
+            first = asyncio.create_task(send(run, jobs[0]))
+            await fails.wait()
+            second = asyncio.create_task(send(run, jobs[1]))
+            await asyncio.wait_for(over.wait(), 20)
+            assert (await first, await second) == ("counted", "late")
+            assert run.status == "failed"
+            past = Past(run.row(), run.directory, log)
+            for job, counted in zip(jobs[:2], (True, False), strict=True):
+                accepted = past.accepted(Lease("r", job.client, job.number, ""))
+                assert accepted is not None
+                assert accepted[1] is counted
+
+    asyncio.run(scene())
