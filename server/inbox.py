@@ -83,8 +83,8 @@ class Inbox:
 
     async def next(self) -> list[Event]:
         """The next events, which are durable; those after them are on their way to the disk."""
-        self._ahead = self._ahead or asyncio.create_task(self._commit())
-        events = await self._ahead
+        ahead, self._ahead = self._ahead or asyncio.create_task(self._commit()), None
+        events = await ahead
         self._ahead = asyncio.create_task(self._commit())
         return events
 

@@ -15,6 +15,7 @@ import hmac
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
@@ -448,7 +449,8 @@ class Run:
 
     async def _fail(self, error: BaseException) -> None:
         try:
-            await self._inbox.rest()
+            with suppress(Exception):  # the log may be what fails
+                await self._inbox.rest()
             self.machine.late |= self._inbox.unapplied  # in the log, and in no model
             await self._insist(lambda: self._store.finish("failed", str(error)), "recording the failure")
             await self._mark("failed", str(error), over=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from floor import small
 
-from hansa.core.wire.tensors import _TYPES, pack, unpack
+from hansa.core.wire.tensors import pack, unpack
 from hansa.server.artefacts import Artefacts
 from hansa.server.events import Event, EventLog, RunRow
 from hansa.server.jobs import Open
@@ -39,7 +40,7 @@ class Agent:
 
 
 async def send(run: Run, job: Open) -> Verdict:
-    packed = pack({each.name: torch.zeros(*each.shape, dtype=_TYPES[each.dtype]) for each in job.expected})
+    packed = pack({each.name: torch.zeros(*each.shape, dtype=torch.float64) for each in job.expected})
     body = {"digest": packed.digest, "examples": 3, "steps": 1, "loss": 0.5, "agent": "agent"}
     tree = unpack(packed.data, job.expected)
     return await run.tell(
@@ -133,5 +134,28 @@ def test_who_is_told_late_by_a_run_that_fails_was_late_for_good(
                 accepted = past.accepted(Lease("r", job.client, job.number, ""))
                 assert accepted is not None
                 assert accepted[1] is counted
+
+    asyncio.run(scene())
+
+
+def test_a_run_whose_event_no_database_takes_has_failed_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        jobs: list[Open] = []
+        async with running(tmp_path, monkeypatch) as (run, log, over):
+            run.arrive(Agent(lambda _, job: jobs.append(job)), range(6))
+            while not jobs:
+                await asyncio.sleep(0.01)
+
+            async def refused(run: str, events: Sequence[Event]) -> None:
+                raise OverflowError("a number that no column holds")
+
+            monkeypatch.setattr(run._inbox, "_append", functools.partial(refused, "r"))
+            sent = asyncio.create_task(send(run, jobs[0]))
+            await asyncio.wait_for(over.wait(), 20)
+            assert await sent == "late"
+            assert (run.status, run.reason) == ("failed", "a number that no column holds")
+            assert not [each for each in log.events("r") if each.kind == "update"]
 
     asyncio.run(scene())
