@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hansa.core.trees import Tree
+from hansa.core.trees import Tree, doubled, row
 
 if TYPE_CHECKING:
     from hansa.core.task import Batch, Metrics, Task
@@ -190,7 +190,7 @@ def together(task: Task, params: Tree, batch: Batch) -> tuple[Tree, Metrics, Tre
     """Gradients, metrics and buffers [K, ...] of K clients: folded where that was found to be right."""
     if len(batch["x"]) > 1:
         if task.foldable is None:
-            task.foldable = _agrees(task, params, batch)
+            task.foldable = sound(task, lambda each: _agrees(each, params, batch))
         if task.foldable:
             return folded(task, params, batch)
     return torch.vmap(task.traced_gradient)(params, batch)
@@ -221,8 +221,20 @@ def folded(task: Task, params: Tree, batch: Batch) -> tuple[Tree, Metrics, Tree]
     return dict(zip(moving, grads, strict=True)), {"loss": losses.detach()}, buffers
 
 
+def sound(task: Task, agrees: Callable[[Task], bool]) -> bool:
+    """Whether a way to compute ``agrees`` with plain autograd.
+
+    In single precision what is right may fail: rounding takes a number over the kink of a ReLU, or makes
+    another one a pooling's largest, and the gradient jumps. So double precision is asked first; a module that
+    only knows its own is asked in that.
+    """
+    return any(map(agrees, (task.precise(), task)))
+
+
 def _agrees(task: Task, params: Tree, batch: Batch) -> bool:
     """Whether the fold gives what plain autograd gives, for two clients whose parameters differ."""
+    if task.dtype == torch.float64:
+        params, batch = doubled(params), doubled(batch)
     pair = {name: each[:2].clone() for name, each in params.items()}
     for name in task.trainable:
         pair[name][1] *= 1.1
@@ -231,10 +243,10 @@ def _agrees(task: Task, params: Tree, batch: Batch) -> bool:
     data = {name: torch.cat([each[:2], each[:2]], dim=1) for name, each in batch.items()}
     try:
         found = folded(task, pair, data)
-    except Exception:  # a user's module may fail in any way on shapes it does not expect
+        both = [plain(task, row(pair, k), row(data, k)) for k in range(2)]
+    except Exception:  # a user's module may fail in any way on shapes and types it does not expect
         return False
-    for k in range(2):
-        alone = plain(task, {n: t[k] for n, t in pair.items()}, {n: t[k] for n, t in data.items()})
+    for k, alone in enumerate(both):
         for tree, reference in zip(found, alone, strict=True):
             for name, each in reference.items():
                 if not close(

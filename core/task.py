@@ -25,7 +25,7 @@ from hansa.core.errors import InputError
 from hansa.core.folding import Gradient
 from hansa.core.partition import Partition, Role
 from hansa.core.randomness import ALONE
-from hansa.core.trees import Tree, pick, squared_norm, zeros_like
+from hansa.core.trees import Tree, doubled, pick, squared_norm, zeros_like
 
 Batch = dict[str, Tensor]  # "x" [B, ...], "y" [B, ...], and the noise an algorithm asked for
 Metrics = dict[str, Tensor]  # scalars of one step, means over the batch
@@ -232,6 +232,16 @@ class Task:
     def module(self) -> nn.Module:
         """The model in evaluation mode. Its own tensors are never used: treat it as a description."""
         return self._eval
+
+    def precise(self) -> Task:
+        """The same in double precision, to check computations by; itself where the device knows none."""
+        if self.dtype == torch.float64 or self.device.type == "mps":
+            return self
+        twin = copy.copy(self)
+        twin._train, twin._eval = (copy.deepcopy(each).double() for each in (self._train, self._eval))
+        twin.initial, twin.frozen = doubled(self.initial), doubled(self.frozen)
+        twin.dtype, twin.autocast = torch.float64, None
+        return twin
 
     def mixes_examples(self) -> bool:
         """Whether a forward pass in training mode depends on the whole batch (BatchNorm)."""

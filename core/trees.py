@@ -38,6 +38,11 @@ def zeros_like(tree: Mapping[str, Tensor]) -> Tree:
     return tree_map(torch.zeros_like, tree)
 
 
+def doubled(tree: Mapping[str, Tensor]) -> Tree:
+    """The tree in double precision; integers stay what they are."""
+    return {name: each.double() if each.is_floating_point() else each for name, each in tree.items()}
+
+
 def pick(tree: Mapping[str, Tensor], names: Iterable[str]) -> Tree:
     """The named part of a tree."""
     return {name: tree[name] for name in names}

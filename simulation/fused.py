@@ -22,9 +22,10 @@ from torch import Tensor
 
 from hansa.core.algorithm import Algorithm
 from hansa.core.batches import Ints, Plan
-from hansa.core.folding import close
+from hansa.core.folding import close, sound
 from hansa.core.sums import BLOCK
-from hansa.core.task import Task
+from hansa.core.task import Batch, Task
+from hansa.core.trees import Tree, doubled
 from hansa.simulation.cohort import Data, Planned, Results, SequentialTrainer, Trainer, Work, pair
 from hansa.simulation.lanes import one_thread
 from hansa.simulation.moving import Moving, Usual
@@ -35,6 +36,7 @@ from hansa.strategies.fedavg import FedAvg
 
 Model = Callable[[Tensor], Tensor]
 
+_CHECKED = 8  # examples of a batch are enough for a check
 _CLIENT_HALF = ("begin", "direction", "step", "change", "finish")
 
 
@@ -48,8 +50,8 @@ def applies(task: Task, algorithm: Algorithm) -> bool:
     return stock and plain and kind.noise is Algorithm.noise and not task.buffers
 
 
-class _Doubled(Data):
-    """Every example of a batch twice, which changes no mean.
+class _Checked(Data):
+    """Every example of a batch twice, which changes no mean, and in the precision of the task.
 
     Of one example each, there would be as many rows as clients, and what confuses the two would pass.
     """
@@ -59,16 +61,20 @@ class _Doubled(Data):
         made = super().plan(works)
         return replace(made, plan=Plan(made.plan.positions.repeat(2, axis=1), 2 * made.plan.sizes))
 
+    def batch(self, indices: Tensor) -> Batch:
+        """Examples under ``indices`` of any shape."""
+        made = super().batch(indices)
+        return doubled(made) if self.federation.task.dtype == torch.float64 else made
+
 
 class FusedTrainer:
     """Many clients at once; ``otherwise`` takes over where the check fails."""
 
     def __init__(self, federation: Federation, *, seed: int, chunk: int, otherwise: Trainer) -> None:
         self._federation = federation
+        self._seed = seed
         self._data = Data(federation, seed)
         self._otherwise = otherwise
-        self._doubled = _Doubled(federation, seed)
-        self._reference = SequentialTrainer(federation, seed=seed, data=self._doubled)
         self._usual = usual(federation)
         self.sound: bool | None = None  # the verdict of the check; a checkpoint keeps it
         self.chunk = -(-chunk // BLOCK) * BLOCK
@@ -97,15 +103,22 @@ class FusedTrainer:
 
     def _check(self, works: Sequence[Work]) -> bool:
         two = pair(self._federation, works)
-        if two is None:
-            return False
-        tried = tuple(replace(work, steps=2) for work in two)
-        reference = [result for work in tried for result in self._reference.train([work])]
+        return two is not None and sound(self._federation.task, lambda task: self._agrees(task, two))
+
+    def _agrees(self, task: Task, works: Sequence[Work]) -> bool:
+        tried = tuple(replace(work, steps=2) for work in works)
+        if task.dtype == torch.float64:
+            tried = tuple(_in_double(tried))
+        f = self._federation
+        few = replace(f.work, batch_size=min(f.work.batch_size, _CHECKED))
+        data = _Checked(replace(f, task=task, work=few), self._seed)
+        plain = SequentialTrainer(data.federation, seed=self._seed, data=data)
         try:
-            found = self._together(tried, self._doubled)
-        except Exception:  # a user's module may fail in any way on shapes it does not expect
+            reference = [result for work in tried for result in plain.train([work])]
+            found = self._together(tried, data)
+        except Exception:  # a user's module may fail in any way on shapes and types it does not expect
             return False
-        start = {**works[0].job.payload, **works[0].private}
+        start = {**tried[0].job.payload, **tried[0].private}
         for k, alone in enumerate(reference):
             for tree, other in ((found.updates, alone.updates), (found.privates, alone.privates)):
                 for name, each in other.items():
@@ -114,7 +127,7 @@ class FusedTrainer:
         return True
 
     def _together(self, works: tuple[Work, ...], data: Data) -> Results:
-        task = self._federation.task
+        task = data.federation.task
         with self._clock("data"):
             planned = data.plan(works)
         winograd = self._federation.recipe.engine.convolutions == "winograd"
@@ -143,6 +156,17 @@ class FusedTrainer:
             losses = self._federation.task.objective(outputs, y.flatten(0, 1))["loss"].view(given.shape)
             torch.sum(losses * (given.to(losses.dtype) / counts)).backward()  # type: ignore[no-untyped-call]
         return torch.where(given, losses.detach(), 0.0).sum(1).double()
+
+
+def _in_double(works: Sequence[Work]) -> Iterator[Work]:
+    """What is one tensor for all works stays one."""
+    made: dict[int, Tensor] = {}
+
+    def lift(tree: Tree) -> Tree:
+        return {name: made.setdefault(id(tree[name]), each) for name, each in doubled(tree).items()}
+
+    for work in works:
+        yield replace(work, job=replace(work.job, payload=lift(work.job.payload)), private=lift(work.private))
 
 
 def usual(federation: Federation) -> Usual:

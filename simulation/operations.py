@@ -166,9 +166,9 @@ class _Conv2d(torch.autograd.Function):
         way = fast or _Direct(x.shape[1], geometry)
         ctx.run, ctx.x, ctx.weight, ctx.bias, ctx.way = run, x, weight, bias, way
         shape = F.conv2d(x[:1].to("meta"), w.to("meta"), None, *geometry).shape
-        out = x.new_empty(len(x), *shape[1:])
-        if x.shape[1] < _FEW_CHANNELS or x.is_contiguous(memory_format=torch.channels_last):
-            out = out.to(memory_format=torch.channels_last)
+        last = x.shape[1] < _FEW_CHANNELS or x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        out = torch.empty((len(x), *shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
         common = way.kernels(W) if alike else None
 
         def one(k: int) -> None:

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from platformdirs import user_cache_path
 
+import hansa
 from hansa.core.errors import InputError
 from hansa.core.task import Task
 from hansa.simulation.cohort import BatchedTrainer, Results, SequentialTrainer, Trainer, Work, pair
@@ -190,7 +191,8 @@ def _key(federation: Federation) -> str:
         repr(task.module),
         [[name, list(each.shape), str(each.dtype), task.roles[name]] for name, each in task.initial.items()],
         [type(f.algorithm).__name__, repr(task.local), repr(f.work)],
-        [str(task.device), platform.node(), platform.processor(), os.cpu_count(), torch.__version__],
+        [str(task.device), platform.node(), platform.processor(), os.cpu_count()],
+        [hansa.__version__, torch.__version__],
         [f.recipe.engine.threads, f.recipe.engine.chunk, f.recipe.engine.convolutions],
         [int(f.data.train_shards.sizes.double().mean())],
     ]

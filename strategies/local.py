@@ -121,7 +121,8 @@ class Data:
 
     @cached_property
     def _random(self) -> bool:
-        return self.federation.task.stochastic(self.federation.data.train.x[:2])
+        some = torch.arange(min(2, len(self.federation.data.train.x)))
+        return self.federation.task.stochastic(self.batch(some)["x"])
 
     @contextmanager
     def own_numbers(self, work: Work, step: int) -> Iterator[None]:
