@@ -17,8 +17,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from hansa.core.algorithm import Job
 from hansa.core.data import Examples, FederatedData, Shards
 from hansa.core.models import LeafCNNConfig, LogisticConfig, MLPConfig, build
-from hansa.core.recipe import Recipe
+from hansa.core.recipe import EngineConfig, Recipe
 from hansa.core.sums import Sums
 from hansa.core.task import LocalSGD, LocalWork, Task
 from hansa.core.trees import Tree
 from hansa.simulation.cohort import Stacked, Trainer, Work
-from hansa.simulation.tiers import Mode, keep_pages, trainer
+from hansa.simulation.fused import FusedTrainer
+from hansa.simulation.tiers import keep_pages, trainer, uncollected
 from hansa.strategies.catalog import Federation
 from hansa.strategies.fedavg import FedAvg
 from hansa.strategies.rounds import Rounds
@@ -46,7 +47,12 @@ MODELS = {
     "MLP 784-200-200-10": MLPConfig(hidden=(200, 200)),
     "LEAF CNN 5x5 32/64, fc 512": LeafCNNConfig(hidden=512),
 }
-TIERS: tuple[Mode, ...] = ("sequential", "batched", "fused")
+TIERS: dict[str, EngineConfig] = {
+    "sequential": EngineConfig(mode="sequential"),
+    "batched": EngineConfig(mode="batched"),
+    "fused": EngineConfig(mode="fused"),
+    "fused, winograd": EngineConfig(mode="fused", convolutions="winograd"),
+}
 Round = Callable[[int, Tree], Tree]
 
 
@@ -133,25 +139,29 @@ def plain_round(f: Federation, module: torch.nn.Module) -> Round:
     return run
 
 
-def compare(name: str, case: Case, tiers: tuple[Mode, ...], rounds: int, peak: float) -> dict[str, str]:
+def compare(name: str, case: Case, tiers: Sequence[str], rounds: int, peak: float) -> dict[str, str]:
     """Cells of a table: client updates per second of each side."""
     module = build(MODELS[name], sample=torch.zeros(1, 28, 28), outputs=10, seed=0)
     f = federation(module, case)
     sides: dict[str, Round] = {"plain": plain_round(f, module)}
-    for mode in tiers:
-        sides[mode] = hansa_round(f, trainer(f, seed=f.recipe.seed, mode=mode, chunk=None)[0])
+    trainers: dict[str, Trainer] = {}
+    for tier in tiers:
+        its = replace(f, recipe=f.recipe.model_copy(update={"engine": TIERS[tier]}))
+        trainers[tier] = trainer(its, seed=0, mode=TIERS[tier].mode, chunk=None)[0]
+        sides[tier] = hansa_round(its, trainers[tier])
     params = {side: dict(f.task.initial) for side in sides}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     with FlopCounterMode(display=False) as counter:
         plain_round(f, module)(0, params["plain"])
-    for number in range(rounds + 1):
-        for side, run in sides.items():
-            began = time.perf_counter()
-            params[side] = run(number, params[side])
-            if number:  # the first round warms up, and must give the same model
-                seconds[side].append(time.perf_counter() - began)
-        if not number:
-            _agree(name, tiers, params, f.task.initial)
+    with uncollected():
+        for number in range(rounds + 1):
+            for side, run in sides.items():
+                began = time.perf_counter()
+                params[side] = run(number, params[side])
+                if number:  # the first round warms up, and must give the same model
+                    seconds[side].append(time.perf_counter() - began)
+            if not number:
+                _agree(name, trainers, params, f.task.initial)
     cells = {}
     for side, each in seconds.items():
         median = statistics.median(each)
@@ -161,13 +171,15 @@ def compare(name: str, case: Case, tiers: tuple[Mode, ...], rounds: int, peak: f
     return cells
 
 
-def _agree(name: str, tiers: tuple[Mode, ...], params: dict[str, Tree], start: Tree) -> None:
+def _agree(name: str, trainers: dict[str, Trainer], params: dict[str, Tree], start: Tree) -> None:
     """Fail where a side's model is off by a hundredth of the way; a ReLU at zero may flip in float32."""
 
     def apart(a: Tree, b: Tree) -> float:
         return sum(float((a[n] - t).square().sum()) for n, t in b.items()) ** 0.5
 
-    for side in tiers:
+    for side, each in trainers.items():
+        if isinstance(each, FusedTrainer) and not each.sound:
+            raise SystemExit(f"{name}: {each.label}")
         share = apart(params[side], params["plain"]) / apart(params["plain"], start)
         if share > 1e-2:
             raise SystemExit(f"{name}: {side} ended {share:.1e} of the way from the plain loop's model")
@@ -200,7 +212,8 @@ def main() -> None:
     rows = []
     for name in arguments.models:
         for case in (UNIFORM,) if name.startswith("LEAF") else (UNIFORM, RAGGED, TINY):
-            tiers = tuple(arguments.tiers) if case is UNIFORM else ("fused",)
+            known = TIERS if name.startswith("LEAF") else list(TIERS)[:-1]
+            tiers = [tier for tier in arguments.tiers if tier in known] if case is UNIFORM else ["fused"]
             cells = compare(name, case, tiers, arguments.rounds, peak)
             rows.append(
                 f"| {name} | {case.name} | {' | '.join(cells.get(s, '') for s in ('plain', *TIERS))} |"
@@ -209,7 +222,7 @@ def main() -> None:
     table = "\n".join(
         [
             f"| model | clients | plain loop | {' | '.join(TIERS)} |",
-            "|---|---|---|---|---|---|",
+            f"|---|---|---|{'---|' * len(TIERS)}",
             *rows,
             "",
             f"Client updates per second, medians of {arguments.rounds} interleaved rounds; in brackets the",

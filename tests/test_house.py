@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import tarfile
@@ -50,6 +51,13 @@ def test_imports_point_downward(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
         for other in _imported_rooms(path):
             assert other == room or FLOORS[other] < FLOORS[room], f"{path} imports hansa.{other}"
+
+
+@pytest.mark.parametrize("room", ["client", "server", "simulation"])
+def test_a_room_says_what_is_in_it(room: str) -> None:
+    made = importlib.import_module(f"hansa.{room}")
+    told = set(re.findall(r"(?:^    |  )([a-z_]+)/? +\w", made.__doc__ or "", re.MULTILINE))
+    assert told >= {each.name for each in pkgutil.iter_modules(made.__path__)} - {"migrations"}
 
 
 @pytest.mark.parametrize("module", MODULES)
