@@ -228,7 +228,7 @@ def sound(task: Task, agrees: Callable[[Task], bool]) -> bool:
     another one a pooling's largest, and the gradient jumps. So double precision is asked first; a module that
     only knows its own is asked in that.
     """
-    return any(map(agrees, (task.precise(), task)))
+    return any(map(agrees, dict.fromkeys((task.precise(), task))))
 
 
 def _agrees(task: Task, params: Tree, batch: Batch) -> bool:

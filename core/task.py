@@ -234,11 +234,11 @@ class Task:
         return self._eval
 
     def precise(self) -> Task:
-        """The same in double precision, to check computations by; itself where the device knows none."""
+        """For training passes in double precision, to check others by; itself where there is none."""
         if self.dtype == torch.float64 or self.device.type == "mps":
             return self
         twin = copy.copy(self)
-        twin._train, twin._eval = (copy.deepcopy(each).double() for each in (self._train, self._eval))
+        twin._train = copy.deepcopy(self._train).double()
         twin.initial, twin.frozen = doubled(self.initial), doubled(self.frozen)
         twin.dtype, twin.autocast = torch.float64, None
         return twin
