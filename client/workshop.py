@@ -17,7 +17,7 @@ from hansa.client.policy import Policy
 from hansa.client.watch import Watch, require_room
 from hansa.core.algorithm import Job
 from hansa.core.data import FederatedData, Shards
-from hansa.core.errors import DivergedError, RunError
+from hansa.core.errors import DataError, DivergedError, RunError
 from hansa.core.randomness import ALONE
 from hansa.core.recipe import Recipe, parse
 from hansa.core.trees import Tree, pick
@@ -116,6 +116,15 @@ class Workshop:
             fresh = f.algorithm.private(f.task)
         trees = unpack(payload, job.tensors), self._outbox.private(job.run, job.client, fresh)
         tree, private = ({name: each.to(f.task.device) for name, each in part.items()} for part in trees)
+        for name, here in f.task.initial.items():
+            if name in tree and tree[name].shape != here.shape:
+                raise DataError(
+                    "data",
+                    list(f.data.train.x.shape[1:]),
+                    f"for such examples {name} is {list(here.shape)}, and this federation's is "
+                    f"{list(tree[name].shape)}",
+                    "give this site's examples the features of the others'",
+                )
         return f, tree, private
 
     def _federation(self, job: pb.Job, text: bytes) -> Federation:
@@ -142,7 +151,7 @@ class Workshop:
             return assemble(parse(raw))
         # One client alone: whatever needs many of them is the coordinator's part.
         raw |= {
-            "data": dict(self._own),
+            "data": {**self._own, "class_names": recipe.data.class_names},
             "partition": {"kind": "iid", "clients": 1},
             "schedule": {"name": "rounds", "cohort": 1},
             "aggregation": {"rule": "mean"},

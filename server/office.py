@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 import shutil
 import tomllib
@@ -126,6 +127,10 @@ class Office:
             raise InputError(
                 "wait_for", wait_for, f"there are {federation.clients} clients", "use that many or fewer"
             )
+        # A site may lack a class: it is told how they are numbered.
+        named = recipe.data.model_copy(update={"class_names": federation.data.train.classes})
+        recipe = recipe.model_copy(update={"data": named})
+        federation = dataclasses.replace(federation, recipe=recipe)
         row = RunRow(
             id=new_run_directory(self._folder, recipe.name).name,
             key=key or None,

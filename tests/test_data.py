@@ -243,6 +243,23 @@ def test_csv_is_standardised_by_the_train_statistics_alone(tmp_path: Path) -> No
     npt.assert_allclose(spread, np.ptp(values[:, 0]) / 30, rtol=0.2)  # 160 draws: deviation known to 6 %
 
 
+def test_classes_are_numbered_as_named_whether_they_occur_or_not(tmp_path: Path) -> None:
+    rows = ["1,ill\n", "2,well\n", "3,ill\n", "4,ill\n", "5,well\n"]
+    path = csv_file(tmp_path, "a,y\n" + "".join(rows))
+    names = ("well", "unknown", "ill")
+    train, test = load(CsvData(path=path, test_path=path, target="y", class_names=names), 0)
+    assert train.classes == test.classes == names
+    assert train.y.tolist() == test.y.tolist() == [2, 0, 2, 2, 0]
+    with pytest.raises(DataError, match=r"data\.class_names = .*a class 'well', which is not among them"):
+        load(CsvData(path=path, target="y", class_names=("ill", "unknown")), 0)
+    with pytest.raises(DataError, match=r"data\.class_names = .*the targets are numbers"):
+        load(CsvData(path=path, target="a", categorical=("y",), task="regression", class_names=names), 0)
+    # "1" and "1.0" are one class, as they are within a file.
+    path = csv_file(tmp_path, "a,y\n" + "".join(f"{i},{i % 2 + 1}.0\n" for i in range(5)))
+    train, _ = load(CsvData(path=path, test_path=path, target="y", class_names=("0", "1", "2")), 0)
+    assert train.y.tolist() == [1, 2, 1, 2, 1]
+
+
 def test_csv_of_several_files_are_groups(tmp_path: Path) -> None:
     first = csv_file(tmp_path, "1;2;0\n3;4;1.0\n" * 5, "ulm.csv")
     second = csv_file(tmp_path, "5;6;0.0\n\n7;8;10\n" * 5, "bonn.csv")
@@ -476,6 +493,10 @@ def test_text_is_cut_into_pieces_that_tell_every_character_once(tmp_path: Path) 
     assert parts[0].classes == ("\n", "b", "c", "d", "e", "f", "g", "ä", "€")
     assert parts[0].x.dtype == parts[0].y.dtype == torch.int64
     assert len(parts[1]) == 1
+    names = tuple("€äxgfedcb\n")
+    parts = load(TextData(path=str(tmp_path / "text"), length=3, class_names=names), 0)
+    assert sorted(spelled(part, row) for part in parts for row in range(len(part))) == pieces
+    assert parts[0].classes == names
 
 
 PLAY = """ROMEO:

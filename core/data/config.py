@@ -27,6 +27,10 @@ class _Source(_Config):
         gt=0,
         description="Keep only this many train examples, drawn by the seed, class by class.",
     )
+    class_names: tuple[str, ...] | None = Field(
+        default=None,
+        description="Classes in the order of their numbers, present or not; by default those that occur.",
+    )
 
     FILES: ClassVar[tuple[str, ...]] = ()
     """Fields that name files, folders, or data sets of a hub."""

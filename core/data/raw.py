@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,32 @@ def coded(parts: Sequence[Array]) -> tuple[list[npt.NDArray[np.int64]], tuple[st
             names, codes = [names[at] for at in first], merged[codes]
     ends = np.cumsum([len(part) for part in parts])
     return np.split(codes.astype(np.int64), ends[:-1]), tuple(names)
+
+
+def numbered(examples: Examples, names: Sequence[str]) -> Examples:
+    """The examples with their classes numbered as ``names`` has them.
+
+    Raises
+    ------
+    DataError
+        If there are no classes, or one that has no name there.
+    """
+    if examples.classes is None:
+        raise DataError("data.class_names", list(names), "the targets are numbers", "leave it out")
+    (known, found), _ = coded([np.array(names), np.array(examples.classes)])
+    places = np.full(max(known.max(), found.max()) + 1, -1)
+    places[known] = np.arange(len(names))
+    numbers = places[found]
+    if (numbers < 0).any():
+        raise DataError(
+            "data.class_names",
+            list(names),
+            f"the data has a class {examples.classes[int(numbers.argmin())]!r}, which is not among them",
+            "add it, or correct the data",
+        )
+    as_named = torch.from_numpy(numbers)
+    x = as_named[examples.x] if examples.task == "text" else examples.x
+    return replace(examples, x=x, y=as_named[examples.y], classes=tuple(names))
 
 
 def _plain(values: Array) -> npt.DTypeLike:

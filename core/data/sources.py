@@ -23,7 +23,7 @@ from hansa.core.data.config import (
     TextData,
 )
 from hansa.core.data.examples import Examples, require_finite, require_learnable
-from hansa.core.data.raw import Loaded, Raw, encode
+from hansa.core.data.raw import Loaded, Raw, encode, numbered
 from hansa.core.data.strata import by_class_and_group, sample
 from hansa.core.errors import DataError
 from hansa.core.randomness import generator
@@ -45,6 +45,9 @@ def load(config: DataConfig, seed: int) -> tuple[Examples, Examples]:
     """
     loaded = _read(config, seed)
     train, test = loaded.train, loaded.test
+    if config.class_names is not None:
+        train = numbered(train, config.class_names)
+        test = None if test is None else numbered(test, config.class_names)
     if loaded.numeric is None:
         require_finite(train, "data")
     if test is None:

@@ -252,6 +252,32 @@ def test_agents_with_data_of_their_own(floor: Floor) -> None:
     assert any(not torch.allclose(floor.model(run)[n], t) for n, t in simulator.hub.model().items())
 
 
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ("a,b,y\n1,2,no\n2,1,yes\n3,5,no\n5,3,yes\n", "the data has a class 'no', which is not among them"),
+        ("a,b,y\n1,2,3\n2,1,4\n3,5,3\n5,3,4\n", "give this site's examples the features of the others'"),
+    ],
+    ids=["classes", "features"],
+)
+def test_data_that_is_not_the_federations_is_refused(floor: Floor, table: str, problem: str) -> None:
+    recipe = small(
+        model={"name": "logistic"}, partition={"kind": "iid", "clients": 1}, schedule={"cohort": 1}
+    )
+    (floor.folder / "site.csv").write_text(table)
+    own = {"source": "csv", "path": str(floor.folder / "site.csv"), "target": "y"}
+
+    async def scene() -> str:
+        async with floor.coordinator() as control:
+            site = asyncio.create_task(floor.agent("site", clients=(0,), data=own).run())
+            _, status = await end(control, await submit(control, recipe))
+            site.cancel()
+            await asyncio.gather(site, return_exceptions=True)
+            return status.reason
+
+    assert problem in play(scene())
+
+
 def test_passes_in_bf16_leave_weights_and_updates_in_float32(floor: Floor) -> None:
     recipe = small(engine={"dtype": "float32", "mode": "sequential"}, train={"epochs": 8}, stop={"rounds": 4})
 

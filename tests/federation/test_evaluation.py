@@ -79,11 +79,14 @@ def test_what_clients_keep_is_evaluated_as_in_the_simulator(floor: Floor, recipe
     checked(floor, run)
 
 
-def test_sites_evaluate_on_what_they_hold(floor: Floor) -> None:
+@pytest.mark.parametrize(
+    "partition", [{"kind": "iid"}, {"kind": "classes", "classes_per_client": 6}], ids=["all", "some classes"]
+)
+def test_sites_evaluate_on_what_they_hold(floor: Floor, partition: Mapping[str, Any]) -> None:
     """The simulator's clients, each with its examples in files of its own that no other site has."""
     recipe = small(
         data={"limit": 300},
-        partition={"kind": "iid", "clients": 2},
+        partition={**partition, "clients": 2},
         schedule={"cohort": 2},
         model={"norm": "none"},
     )
