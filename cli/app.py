@@ -176,9 +176,14 @@ def resume(
 ) -> None:
     """Go on with a run that was interrupted, or that failed, from its last checkpoint.
 
-    RUN is an id, the beginning of one, a path, or last. What -c may change is how it is computed: engine.*.
+    RUN is an id, the beginning of one, a path, or last; with --on, an id. What -c may change is how it is
+    computed: engine.*.
     """
     if on not in (None, "sim"):
+        if config:
+            raise errors.InputError(
+                "--config", config[0], "a coordinator's run goes on as it began", "leave it out"
+            )
         raise typer.Exit(federation.resume_on(run, on, _output(json), quiet=quiet))
     from hansa.cli.execute import Options, execute
     from hansa.simulation.runs import resume
@@ -358,7 +363,8 @@ def compare(
     from hansa.ui.comparison import compare as put_side_by_side
 
     out = _output(json)
-    curves = [tables.curve(_found(each, runs), metric) for each in run]
+    directories = dict.fromkeys(_found(each, runs).resolve() for each in run)  # each once
+    curves = [tables.curve(each, metric) for each in directories]
     reached, rows = put_side_by_side(curves, target)
     if output is not None:
         tables.draw(output, curves, metric, over.value)
@@ -446,6 +452,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [each for each in given if each != "--debug"]  # it may stand anywhere
     try:
         code = app(given, prog_name="hansa", standalone_mode=False, obj=debug)
+    except click.exceptions.NoArgsIsHelpError as shown:
+        return shown.exit_code
     except BrokenPipeError:  # the reader, head or less, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return 0

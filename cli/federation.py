@@ -87,8 +87,7 @@ def coordinator_start(
     _log_lines()
     overrides = {"listen": listen, "data": data, "runs": runs, "metrics": metrics, "enrolment": enrolment}
     overrides["database"] = database
-    here = Path("pki") if config is None and (Path("pki") / "authority.key").is_file() else None
-    asyncio.run(serve(read_config(config, {**overrides, "pki": pki or here})))
+    asyncio.run(serve(read_config(config, {**overrides, "pki": pki})))
 
 
 @agent.command("start")
@@ -154,14 +153,14 @@ def run_on(recipe: Recipe, where: str, out: Output, *, wait_for: int, quiet: boo
         status = remote.submit(recipe.toml(), wait_for=wait_for, key=secrets.token_hex(16))
         if not quiet:
             out.error.print(f"{status.id}: on {remote.address}", soft_wrap=True, markup=False)
-        return _follow(remote, status.id, out, quiet=quiet)
+        return _follow(remote, where, status.id, out, quiet=quiet)
 
 
 def resume_on(run: str, where: str, out: Output, *, quiet: bool) -> int:
     """Go on with an interrupted run of a coordinator."""
     with coordinator_at(where) as remote:
         status = remote.resume(run)
-        return _follow(remote, run, out, quiet=quiet, after=status.rounds)
+        return _follow(remote, where, run, out, quiet=quiet, after=status.rounds)
 
 
 def stop_on(run: str, where: str, out: Output) -> None:
@@ -183,7 +182,7 @@ def coordinator_at(where: str, *, patience: float = 20.0) -> Coordinator:
     return Coordinator(where, Path(identity) if identity else None, patience=patience)
 
 
-def _follow(remote: Coordinator, run: str, out: Output, *, quiet: bool, after: int = 0) -> int:
+def _follow(remote: Coordinator, where: str, run: str, out: Output, *, quiet: bool, after: int = 0) -> int:
     end: pb.RunStatus | None = None
     metrics: dict[str, float] = {}
     with _stopping(remote, run):
@@ -196,9 +195,7 @@ def _follow(remote: Coordinator, run: str, out: Output, *, quiet: bool, after: i
                 out.error.print(_line(happening.round), soft_wrap=True, markup=False)
     assert end is not None
     if end.status == "interrupted":
-        raise Interrupted(
-            f"stopped after round {end.rounds}; `hansa resume {run} --on {remote.address}` goes on"
-        )
+        raise Interrupted(f"stopped after round {end.rounds}; `hansa resume {run} --on {where}` goes on")
     if end.status != "finished":
         raise HansaError(f"{run}: {end.reason}")
     out.say(f"finished: {end.reason}\n  run       {end.directory}" if not quiet else end.directory)

@@ -87,7 +87,8 @@ def explained(error: BaseException) -> dict[str, Any]:
     told: dict[str, Any] = {"kind": type(error).__name__, "message": str(error)}
     if isinstance(error, click.UsageError):
         where = error.ctx.command_path if error.ctx else "hansa"
-        said = error.format_message().rstrip(".")
+        # typer suggests a command in the message, and from 8.4 on click does so once more.
+        said = (error.message if "Did you mean" in error.message else error.format_message()).rstrip(".")
         told["message"] = f"{said}{'' if said.endswith('?') else ';'} see `{where} --help`"
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         told = {"kind": "Interrupted", "message": "interrupted"}

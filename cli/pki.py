@@ -167,7 +167,8 @@ def renew(
     folder: _Pki = _PKI,
     json: Json = False,
 ) -> None:
-    """Renew this machine's certificate at the coordinator HOST:PORT; or, there, the coordinator's own.
+    """Renew this machine's certificate at the coordinator HOST:PORT; or, there, the coordinator's own,
+    under the names that it has or those of --host.
 
     Agents do so by themselves when half of the seven days are over, and so does the coordinator.
     """

@@ -213,7 +213,9 @@ def page(thing: Thing) -> RenderableType:
     """One thing, for people."""
     tag, heading = SECTIONS[thing.section]
     shown: list[RenderableType] = [
-        Text.assemble((thing.name, "bold cyan"), f"  {heading.lower().removesuffix('s')}"),
+        Text.assemble(
+            (thing.name, "bold cyan"), f"  {heading.lower().replace('ies', 'ys').removesuffix('s')}"
+        ),
         Text(plain(_story(thing.kind))),
     ]
     if thing.source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 from functools import cache
 from pathlib import Path
@@ -83,6 +84,8 @@ def serve(
         raise InputError(
             "--certificate", str(certificate or key), "a certificate and its key go together", "give both"
         )
+    if certificate is not None and key is not None:
+        _require_pair(certificate, key)
     from hansa.ui.access import Guarded
     from hansa.ui.gate import Gate
     from hansa.ui.serve import serve
@@ -140,6 +143,19 @@ def user_rm(name: Annotated[str, typer.Argument(metavar="NAME")], file: _File = 
 
     Users(file).remove(name)
     print(f"{name}: out of {file}")
+
+
+def _require_pair(certificate: Path, key: Path) -> None:
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password="")
+    except OSError as error:
+        why = f"it cannot be used with {key} ({error.strerror or error})"
+        raise InputError(
+            "--certificate",
+            str(certificate),
+            why,
+            "give a certificate and its key, both PEM, without password",
+        ) from error
 
 
 def _source(runs: Path | None, server: str | None) -> Source:

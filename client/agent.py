@@ -110,8 +110,11 @@ def read_config(path: Path) -> Config:
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError("--config", str(path), f"it cannot be read: {error}", "correct it") from error
+    except OSError as error:
+        why = f"it cannot be read ({error.strerror})"
+        raise InputError("--config", str(path), why, "name the agent's configuration") from error
+    except ValueError as error:
+        raise InputError("--config", str(path), f"it is not TOML: {error}", "correct that line") from error
     policy = construct(Policy, raw.pop("policy", {}), section="policy")
     return construct(Config, raw, section="agent", fixed={"policy": policy})
 

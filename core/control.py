@@ -29,7 +29,11 @@ class Coordinator:
         self._remedy = "start one: `hansa coordinator start`"
         if identity is None:
             self._remedy += "; if it goes by certificates, name the folder of yours in HANSA_IDENTITY"
-            check_loopback("--on", address)
+            check_loopback(
+                "--on",
+                address,
+                "use 127.0.0.1:PORT, or name the folder of your certificate in HANSA_IDENTITY",
+            )
             self._channel = grpc.insecure_channel(address, options=OPTIONS)
         else:
             credentials = channel_credentials(identity)

@@ -94,7 +94,9 @@ class StopConfig(_Section):
 
     rounds: int = Field(default=40, ge=1, description="steps of the hub")
     time: float | None = Field(default=None, gt=0, description="virtual seconds")
-    target: float | None = Field(default=None, description="headline accuracy at which to stop")
+    target: float | None = Field(
+        default=None, description="headline accuracy, or minus the loss where there is none, at which to stop"
+    )
 
 
 class ParametersConfig(_Section):
@@ -296,6 +298,8 @@ def construct(
 
     ``name`` is what people call ``kind``, and ``homes`` says of keys that it lacks where they belong.
     """
+    if not isinstance(table, Mapping):
+        raise InputError(section, table, "it must be a table", f"give its keys, as under [{section}]")
     fixed = {key: value for key, value in (fixed or {}).items() if key in _fields(kind)}
     schema = _schema(kind, frozenset(fixed))
     try:

@@ -55,6 +55,7 @@ from hansa.server.trust import (
     server_credentials,
 )
 
+_PKI = Path("pki")  # where `hansa pki init` puts the authority
 _DRAIN = 5.0  # seconds for calls under way when the coordinator ends
 
 _log = structlog.get_logger(__name__)
@@ -92,7 +93,7 @@ class Config:
 
 
 def read_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
-    """A configuration from a TOML file, with overrides.
+    """A configuration from a TOML file, with overrides; an authority in the folder ``pki`` here is used.
 
     Raises
     ------
@@ -103,9 +104,16 @@ def read_config(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     if path is not None:
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError("--config", str(path), f"it cannot be read: {error}", "correct it") from error
+        except OSError as error:
+            why = f"it cannot be read ({error.strerror})"
+            raise InputError("--config", str(path), why, "name the coordinator's configuration") from error
+        except ValueError as error:
+            raise InputError(
+                "--config", str(path), f"it is not TOML: {error}", "correct that line"
+            ) from error
     raw |= {key: value for key, value in overrides.items() if value is not None}
+    if "pki" not in raw and (_PKI / "authority.key").is_file():
+        raw["pki"] = _PKI
     if raw.get("pki") is not None:
         raw = {"listen": "0.0.0.0:8443", "enrolment": "0.0.0.0:8444", **raw}
     limits = construct(Limits, raw.pop("limits", {}), section="limits")

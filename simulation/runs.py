@@ -251,6 +251,12 @@ def _reopened(directory: Path) -> RunStore:
         )
     if status == "running":
         raise RunError(f"{directory}: this run is still running; stop it first")
+    if store.facts.get("engine") == "coordinator":
+        store.close()
+        raise RunError(
+            f"{directory}: a coordinator made this run; `hansa resume {directory.resolve().name} --on WHERE` "
+            "goes on"
+        )
     return store
 
 

@@ -208,6 +208,7 @@ def assemble(recipe: Recipe) -> Federation:
         made.algorithm.check(task, made.schedule)
     except InputError as error:
         raise _as_written(error, recipe) from error
+    _check_target(recipe.stop.target, task)
     schedule = made.schedule
     if isinstance(schedule, Rounds):
         schedule = _fit_rounds(schedule, made, data.clients)
@@ -345,6 +346,14 @@ def _check(recipe: Recipe, algorithm: Algorithm, schedule: Schedule, topology: T
             f"{recipe.aggregation['rule']} must know how many updates a step has",
             "set schedule.recall, or use rounds or buffered",
         )
+
+
+def _check_target(target: float | None, task: Task) -> None:
+    """A target that no run could reach is a misunderstanding."""
+    if target is not None and task.classes and not 0 < target <= 1:
+        raise InputError("stop.target", target, "accuracy is a share of 1", "write 0.9 for 90 %")
+    if target is not None and not task.classes and not target <= 0:
+        raise InputError("stop.target", target, "it is minus the loss", "write -0.1 for a loss of 0.1")
 
 
 def _as_written(error: InputError, recipe: Recipe) -> InputError:

@@ -145,6 +145,11 @@ WRONG: dict[str, tuple[tuple[str, ...], int, str]] = {
         3,
         "data.path = 'absent.csv': there is no such file; correct the path",
     ),
+    "a target in per cent": (
+        ("-c", "stop.target=90"),
+        2,
+        "stop.target = 90.0: accuracy is a share of 1; write 0.9 for 90 %",
+    ),
     "truncated idx": (
         (*IDX, "-c", "data.train_images=images"),
         3,
@@ -497,6 +502,7 @@ def test_strategies_lists_everything_with_what_it_combines_with(command: Command
 
 
 def test_strategies_tells_of_one(command: Command) -> None:
+    assert command("strategies", "ring").out.startswith("ring  topology\n")
     said = command("strategies", "fedadam").out
     assert "arXiv 2003.00295" in said
     for key in ("server_lr", "beta1", "beta2", "tau"):
@@ -565,6 +571,8 @@ def test_compare_puts_seeds_together_and_finds_the_target(command: Command, fold
     assert "3 (1 of 2)" in line_one
     assert "90.00 %" in line_two
     assert "not reached" in command("compare", "last", "20261121-093001", "--target", "0.99").out
+    (twice,) = command("compare", "--json", "last", "20261121-093003").envelope["comparison"]
+    assert len(twice["runs"]) == 1  # a run is no seed more for being named again
 
 
 def test_compare_tells_recipes_of_one_name_apart(command: Command, folder: Path) -> None:
@@ -682,6 +690,32 @@ def test_the_program_without_arguments_and_its_version(command: Command) -> None
     assert (
         command("fly", "--json").envelope["error"]["message"] == "No such command 'fly'; see `hansa --help`"
     )
+
+
+def test_a_command_that_is_none_or_incomplete(command: Command) -> None:
+    said = command("rnu")
+    assert (said.code, said.err) == (
+        2,
+        "hansa: No such command 'rnu'. Did you mean 'run'? see `hansa --help`\n",
+    )
+    said = command("local")
+    assert (said.code, said.err) == (2, "")
+    assert "down" in said.out
+
+
+def test_resuming_at_a_coordinator_changes_nothing(command: Command) -> None:
+    said = command("resume", "some-run", "--on", "local", "-c", "engine.chunk=2")
+    assert said.code == 2
+    assert "--config = 'engine.chunk=2': a coordinator's run goes on as it began" in said.err
+
+
+def test_a_coordinator_elsewhere_asks_for_a_certificate(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HANSA_IDENTITY", raising=False)
+    said = command("run", "--on", "fl.example.org:8443")
+    assert said.code == 2
+    assert "name the folder of your certificate in HANSA_IDENTITY" in said.err
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:

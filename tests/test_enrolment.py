@@ -495,6 +495,22 @@ def test_the_coordinator_renews_its_own_certificate_between_two_handshakes(
     assert answer == "SERVING"
 
 
+def test_the_coordinator_renewed_without_a_name_keeps_those_it_has(
+    authority: Authority, tmp_path: Path
+) -> None:
+    def names() -> set[Any]:
+        held = x509.load_pem_x509_certificate(authority.coordinator()[1])
+        return set(held.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+
+    authority.renew_coordinator(["fl.example.org"])
+    before = names()
+    authority.renew_coordinator([])
+    assert names() == before
+    assert x509.DNSName("fl.example.org") in before
+    authority.renew_coordinator(["other.example.org"])
+    assert x509.DNSName("fl.example.org") not in names()
+
+
 def test_handshakes_get_another_certificate_only_when_there_is_one(
     authority: Authority, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from hansa.cli import main
 from hansa.core import trust
 from hansa.core.roles import Role
+from hansa.server.app import read_config
 from hansa.server.trust import Authority, enrolment_server
 
 pytestmark = pytest.mark.usefixtures("no_pickle")
@@ -114,6 +115,18 @@ def test_errors_name_the_value_and_the_remedy(
     given, made, _ = command(*arguments)
     assert given == code
     assert said in made["error"]["message"]
+
+
+def test_a_coordinator_with_a_configuration_uses_the_authority_that_is_here(command: Command) -> None:
+    file = Path("coordinator.toml")
+    file.write_text('sources = ["/srv"]\n')
+    assert read_config(file, {}).pki is None
+    command("pki", "init", "harbour")
+    made = read_config(file, {})
+    assert (made.pki, made.listen, made.enrolment) == (Path("pki"), "0.0.0.0:8443", "0.0.0.0:8444")
+    assert read_config(file, {"pki": Path("other")}).pki == Path("other")
+    file.write_text('pki = "elsewhere"\n')
+    assert read_config(file, {}).pki == Path("elsewhere")
 
 
 def test_a_changed_audit_log_is_an_exit_code(command: Command) -> None:

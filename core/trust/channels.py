@@ -55,11 +55,15 @@ def insecure_channel(address: str, options: Sequence[tuple[str, Any]] = ()) -> g
     InputError
         For an address on another machine.
     """
-    check_loopback("address", address)
+    check_loopback(
+        "address", address, "use 127.0.0.1:PORT, or name in `identity` the folder that `hansa pki join` makes"
+    )
     return grpc.aio.insecure_channel(address, options)
 
 
-def check_loopback(field: str, address: str) -> None:
+def check_loopback(
+    field: str, address: str, remedy: str = "use 127.0.0.1:PORT, or certificates: `hansa pki init`"
+) -> None:
     """Insecure mode is for one machine: refuse any other address, and say in the log that it is on.
 
     Raises
@@ -72,7 +76,7 @@ def check_loopback(field: str, address: str) -> None:
             field,
             address,
             "insecure mode has no encryption and believes whatever a caller says; it is for loopback only",
-            "use 127.0.0.1:PORT, or certificates: `hansa pki init`",
+            remedy,
         )
     _log.warning("INSECURE mode at %s: no encryption, no certificates, no roles", address)
 

@@ -280,7 +280,9 @@ class Audit:
         try:
             descriptor = os.open(self.path, os.O_RDWR)
         except OSError as error:
-            raise TrustError(f"{self.path}: the audit log cannot be opened ({error.strerror})") from None
+            raise TrustError(
+                f"{self.path}: the audit log cannot be opened ({error.strerror}); name it, or restore it"
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor

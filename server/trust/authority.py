@@ -289,14 +289,18 @@ class Authority:
             whole = files.read_private(self.folder / _COORDINATOR)
             held = x509.load_pem_x509_certificate(whole)
             if self.now() > held.not_valid_after_utc - LIFETIME / 2:
-                names = held.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-                whole = self._renew_coordinator(list(names))
+                whole = self._renew_coordinator(self._names())
             return whole[: whole.index(b"-----BEGIN CERT")], whole[whole.index(b"-----BEGIN CERT") :]
 
     def renew_coordinator(self, hosts: Sequence[str]) -> None:
-        """A fresh certificate for the coordinator, under these names and loopback's."""
+        """A fresh certificate for the coordinator, under these names and loopback's, or those it has."""
         with self._lock:
-            self._renew_coordinator(_host_names(hosts))
+            self._renew_coordinator(_host_names(hosts) if hosts else self._names())
+
+    def _names(self) -> list[x509.GeneralName]:
+        """Those in the coordinator's certificate."""
+        held = x509.load_pem_x509_certificate(files.read_private(self.folder / _COORDINATOR))
+        return list(held.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
 
     def _renew_coordinator(self, names: Sequence[x509.GeneralName]) -> bytes:
         key = new_key()

@@ -174,7 +174,9 @@ def test_quiet_hours(hours: str, now: str, seconds: int) -> None:
         ('name = "a"\nclients = [0]\nprecision = "fp8"', "agent.precision"),
         ('name = "a"\nclients = [0]\n[policy]\nduty = 0.0', "policy.duty"),
         ('name = "a"\nclients = [0]\n[policy]\njob_steps = 0', "policy.job_steps"),
+        ('name = "a"\nclients = [0]\npolicy = "strict"', "policy"),
         ("clients = [0]", "agent.name"),
+        ("clients = [0", "--config"),
     ],
 )
 def test_configurations_that_cannot_be_meant(tmp_path: Path, text: str, field: str) -> None:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,11 +18,14 @@ from floor import Floor, checked, end, named, play, small, submit
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import save
 
+from hansa.core.errors import RunError
+from hansa.core.store import RunStore
 from hansa.core.trees import Tree
 from hansa.core.wire import MAJOR, MINOR, PIECE, version
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import AgentsStub, ControlStub
 from hansa.core.wire.tensors import describe, pack, unpack
+from hansa.simulation.runs import resume
 
 ONE = small(
     model={"name": "mlp", "hidden": [6]},
@@ -398,7 +402,7 @@ def test_health_reflection_and_control(floor: Floor) -> None:
 def test_a_run_is_stopped_and_resumed(floor: Floor) -> None:
     recipe = small(algorithm={"name": "scaffold"}, stop={"rounds": 400})
 
-    async def scene() -> None:
+    async def scene() -> Path:
         async with floor.coordinator() as control, floor.agents(2):
             run = await submit(control, recipe)
             async for happening in control.Watch(pb.WatchRequest(id=run)):
@@ -414,8 +418,15 @@ def test_a_run_is_stopped_and_resumed(floor: Floor) -> None:
                     assert happening.round.index == stopped.rounds + 1
                     break
             await control.Stop(pb.RunName(id=run))
+            return floor.runs / run
 
-    play(scene())
+    directory = play(scene())
+    with RunStore.open(directory) as store:
+        made = store.summary().rounds
+    with pytest.raises(RunError, match="a coordinator made this run"):
+        resume(directory)  # in the simulator
+    with RunStore.open(directory) as store:
+        assert store.summary().rounds == made >= 3
 
 
 def test_an_agent_that_says_nothing_is_gone_and_its_update_is_late(floor: Floor) -> None:

@@ -117,6 +117,8 @@ def test_a_dashboard_that_others_reach_needs_a_login(capsys: pytest.CaptureFixtu
     assert "--auth" in capsys.readouterr().err
     assert main(["ui", "--auth", "there-is-none.json"]) == 2
     assert "hansa ui user add" in " ".join(capsys.readouterr().err.split())
+    assert main(["ui", "--certificate", "there-is-none.pem", "--key", "nor-here.pem"]) == 2
+    assert "--certificate = 'there-is-none.pem'" in " ".join(capsys.readouterr().err.split())
 
 
 # Sign-ins.
