@@ -134,6 +134,16 @@ class _Task:
     turn: Future[Entry] | None = None  # on the bench
     runner: asyncio.Task[None] | None = None
 
+    def halts(self, steps: int) -> bool:
+        """Whether training ends here with what there is; where nobody wants that, it leaves nothing."""
+        if self.halt == "drop":
+            raise _Dropped
+        return self.halt == "send"
+
+
+class _Dropped(Exception):
+    """Of training that was ended half-way: what there is must never pass for a finished job."""
+
 
 class Agent:
     """One agent."""
@@ -295,11 +305,11 @@ class Agent:
                 task.turn.cancel()  # unless it has come
             return
         task.halt = "drop"
-        if task.entry is not None:
-            self._outbox.settle(task.entry, counted=False)
         del self._tasks[recall.lease]  # the same job may be given again
         if task.runner is not None:
             task.runner.cancel()
+        if task.entry is not None:  # it may have been counted meanwhile, which only the coordinator knows
+            self._begin(_Task(task.lease, entry=task.entry))
 
     # Jobs.
 
@@ -350,7 +360,7 @@ class Agent:
 
     async def _train(self, task: _Task) -> Entry:
         job, recipe, payload = await self._fetched(task)
-        do = partial(self._workshop.do, job, recipe, payload, lambda steps: bool(task.halt))
+        do = partial(self._workshop.do, job, recipe, payload, task.halts)
         if not task.halt:
             task.turn = self._bench.submit(do)
             trained = asyncio.wrap_future(task.turn)

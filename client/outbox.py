@@ -14,6 +14,7 @@ then: an update that is lost or comes too late leaves no trace, as if the job ha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -126,6 +127,11 @@ class Outbox:
         with (self._folder(made) / _UPDATE).open("rb") as file:
             file.seek(offset)
             return file.read(size)
+
+    def whole(self, made: Entry) -> bool:
+        """Whether an update still is what it was."""
+        with (self._folder(made) / _UPDATE).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == made.digest
 
     def settle(self, made: Entry, *, counted: bool) -> None:
         """The coordinator has answered: the private state moves on if the update counted."""

@@ -23,7 +23,6 @@ _AGAIN = {  # worth another try; everything else is an answer
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.ABORTED,
-    grpc.StatusCode.DATA_LOSS,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
@@ -39,6 +38,10 @@ _OPTIONS = (
 
 class Later(Exception):
     """It did not work now and may work later."""
+
+
+class _Damaged(Later):
+    """What was sent did not arrive as it was announced."""
 
 
 class Gone(Exception):
@@ -137,7 +140,12 @@ class Link:
         Later
             When it did not work now.
         """
-        return await self._while_open(self._upload(outbox, entry))
+        try:
+            return await self._while_open(self._upload(outbox, entry))
+        except _Damaged as error:
+            if outbox.whole(entry):
+                raise
+            raise Gone("the update that waited here was damaged on this machine's disk") from error
 
     async def _upload(self, outbox: Outbox, entry: Entry) -> bool:
         call = self._stub.Upload(metadata=self._metadata)
@@ -173,6 +181,8 @@ class Link:
 
 
 def _raise(code: grpc.StatusCode, details: str | None, cause: BaseException | None) -> NoReturn:
+    if code is grpc.StatusCode.DATA_LOSS:
+        raise _Damaged(f"{code.name}: {details}") from cause
     if code in _AGAIN or code is grpc.StatusCode.OK:
         raise Later(f"{code.name}: {details}") from cause
     raise Gone(f"{code.name}: {details}") from cause

@@ -40,6 +40,7 @@ class Inbox:
     ) -> None:
         self._append, self._now, self._known = append, now, known
         self.seq = 0
+        self._handed = 0  # number of the last event that was handed out
         self._waiting: asyncio.Queue[tuple[dict[str, Any], Answer]] = asyncio.Queue()
         self._answers: dict[int, list[Answer]] = {}  # by the numbers of events that are not applied
         self._updates: dict[tuple[int, int], int] = {}  # (client, job number) -> of such an event
@@ -84,7 +85,7 @@ class Inbox:
     async def next(self) -> list[Event]:
         """The next events, which are durable; those after them are on their way to the disk."""
         ahead, self._ahead = self._ahead or asyncio.create_task(self._commit()), None
-        events = await ahead
+        events = await self._durable(ahead)
         self._ahead = asyncio.create_task(self._commit())
         return events
 
@@ -93,11 +94,16 @@ class Inbox:
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return []
-        if not self._answers:
+        if self.seq == self._handed:
             ahead.cancel()
             await asyncio.wait([ahead])
             return []
-        return await ahead
+        return await self._durable(ahead)
+
+    async def _durable(self, ahead: asyncio.Task[list[Event]]) -> list[Event]:
+        events = await ahead
+        self._handed = events[-1].seq
+        return events
 
     async def _commit(self) -> list[Event]:
         events: list[Event] = []

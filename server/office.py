@@ -228,13 +228,16 @@ class Office:
 
     def _expect(self, run: Run, clients: Sequence[int]) -> None:
         """These clients' jobs are lost unless their agents come back in time."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        run.missed |= dict.fromkeys(clients, now)
 
         def give_up(id: str) -> None:
-            if (still := self._runs.get(id)) is not None:
-                still.give_up(clients)
+            if (still := self._runs.get(id)) is not None:  # who came and went again has time again
+                still.give_up([client for client in clients if still.missed[client] == now])
 
         if clients:
-            asyncio.get_running_loop().call_later(self._grace, give_up, run.id)
+            loop.call_later(self._grace, give_up, run.id)
 
     async def resume(self, run: Run) -> None:
         """Go on with an interrupted run."""

@@ -72,6 +72,7 @@ class Run:
     machine: its state. status: waiting, running, finished, interrupted or failed.
     owner: who submitted it. recipe_blob: the recipe as agents receive it.
     told: its rounds, as they are told to who watches.
+    missed: client -> when its agent went, the last time that it did.
     """
 
     def __init__(
@@ -99,9 +100,11 @@ class Run:
         self._task: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, f"run-{self.id}")
         self._clock = 0.0
+        self._stood: float | None = None  # since when, while it is interrupted
         self._saved = 0  # version of the last snapshot
         self._steering, self._moving = asyncio.Lock(), asyncio.Lock()
         self.watchers: set[asyncio.Event] = set()
+        self.missed: dict[int, float] = {}
 
     # Life.
 
@@ -141,6 +144,8 @@ class Run:
     def start(self, ended: Callable[[Run], None]) -> None:
         """Begin, or go on, with whoever is there; ``ended`` is called when nothing will happen any more."""
         self._clock = time.monotonic() - self.machine.now
+        if not self.active:
+            self._stood = time.monotonic()
         self._inbox.seq = self.machine.seq
         self._task = asyncio.create_task(self._work(), name=f"run {self.id}")
         self._task.add_done_callback(lambda _: ended(self))
@@ -195,8 +200,8 @@ class Run:
 
     @property
     def now(self) -> float:
-        """Seconds on the run's clock, which stands while no coordinator runs."""
-        return max(self.machine.now, time.monotonic() - self._clock)
+        """Seconds on the run's clock, which stands while it is interrupted and while no coordinator runs."""
+        return max(self.machine.now, (self._stood or time.monotonic()) - self._clock)
 
     # Leases.
 
@@ -207,7 +212,7 @@ class Run:
 
     def job(self, claim: Lease) -> Open | None:
         """The job of a lease, if it is still to be done."""
-        if not self.active:
+        if self.status in ("finished", "failed"):
             return None
         find = self.machine.asked if claim.what else self.machine.job
         return find(claim.client, claim.number)
@@ -275,6 +280,8 @@ class Run:
     async def _apply(self, events: Sequence[Event]) -> None:
         for event in events:
             await self._apply_one(event)
+        left = {each.client for each in events if each.kind == "left"}
+        self._join([each for each in self.workers if each in left])  # came back while that was on its way
 
     async def _apply_one(self, event: Event) -> None:
         verdict: Verdict = "counted"
@@ -297,7 +304,7 @@ class Run:
                 worker.recall(self, job, partial)
         for job in effects.jobs:
             worker = self.workers.get(job.client)
-            if worker is not None and self.machine.wants(job):
+            if self.active and worker is not None and self.machine.wants(job):
                 worker.push(self, job)
         for done in effects.rounds:
             await self._insist(functools.partial(self._keep, done), "recording a round")
@@ -409,14 +416,14 @@ class Run:
     # How it stands.
 
     async def stop(self) -> None:
-        """Interrupt it; agents throw away what they are doing."""
+        """Interrupt it; agents throw away what they are doing. What they have done comes and counts."""
         async with self._steering:
             if not self.active:
                 return
             await self.tell("stopped")
             if not self.active:  # it ended by itself meanwhile
                 return
-            self.status = "interrupted"
+            self.status, self._stood = "interrupted", time.monotonic()
             self._recall_all()
             why = "stopped on request"
             await self._insist(lambda: self._store.finish("interrupted", why), "recording the interruption")
@@ -441,7 +448,7 @@ class Run:
             for _, timer in self._timers.values():
                 timer.cancel()
             self._timers.clear()
-            self._clock = time.monotonic() - self.machine.now  # the clock stood
+            self._clock, self._stood = time.monotonic() - self.now, None
             await self.tell("resumed")
             for client, worker in self.workers.items():
                 for job in self.machine.given(client):

@@ -7,13 +7,15 @@ import functools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from floor import small
+from floor import small, until
 
 from hansa.core.wire.tensors import pack, unpack
+from hansa.server import runs
 from hansa.server.artefacts import Artefacts
 from hansa.server.events import Event, EventLog, RunRow
 from hansa.server.jobs import Open
@@ -138,6 +140,32 @@ def test_who_is_told_late_by_a_run_that_fails_was_late_for_good(
     asyncio.run(scene())
 
 
+def test_a_run_that_fails_in_the_middle_of_a_batch_ends_without_another_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        jobs: list[Open] = []
+        async with running(tmp_path, monkeypatch) as (run, log, over):
+            apply = run.machine.apply
+
+            def failing(event: Event) -> Effects:
+                if event.kind == "update":
+                    raise RuntimeError("a step that fails")
+                return apply(event)
+
+            monkeypatch.setattr(run.machine, "apply", failing)
+            run.arrive(Agent(lambda _, job: jobs.append(job)), range(6))
+            await until(lambda: len(jobs) == 4)
+            sent = [asyncio.create_task(send(run, job)) for job in jobs[:2]]
+            await asyncio.wait_for(over.wait(), 20)
+            assert await asyncio.gather(*sent) == ["counted", "late"]
+            assert run.status == "failed"
+            past = Past(run.row(), run.directory, log)
+            assert past.accepted(Lease("r", jobs[1].client, jobs[1].number)) is not None
+
+    asyncio.run(scene())
+
+
 def test_a_run_whose_event_no_database_takes_has_failed_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,5 +185,31 @@ def test_a_run_whose_event_no_database_takes_has_failed_and_says_so(
             assert await sent == "late"
             assert (run.status, run.reason) == ("failed", "a number that no column holds")
             assert not [each for each in log.events("r") if each.kind == "update"]
+
+    asyncio.run(scene())
+
+
+def test_the_clock_of_a_run_that_is_stopped_stands_whatever_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        now = 1000.0
+        monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: now))
+        given: list[Open] = []
+        async with running(tmp_path, monkeypatch) as (run, log, _):
+            run.arrive(Agent(lambda _, job: given.append(job)), range(6))
+            await until(lambda: len(given) == 4)
+            now += 5.0
+            await run.stop()
+            now += 3600.0
+            assert await send(run, given[0]) == "counted"
+            coming = asyncio.create_task(send(run, given[1]))
+            await run.resume()
+            now += 7.0
+            await coming
+            assert await send(run, given[2]) == "counted"
+            at = [each.at for each in log.events("r") if each.kind in ("stopped", "update", "resumed")]
+            assert at == pytest.approx([5.0, 5.0, *at[2:4], 12.0])
+            assert max(at[2:4]) < 13.0
 
     asyncio.run(scene())
