@@ -1,7 +1,7 @@
 """What happens to a run: numbered, durable, answered, in one order.
 
 While one batch of events is applied, the next becomes durable: the disk and the hub work at the same time.
-An update that is sent twice is one event, which both senders are told about.
+An update that is sent twice is one event, of which both senders are told; other bytes for its job are late.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Inbox:
     ----------
     append: makes events durable.
     now: seconds on the run's clock.
-    known: the verdict on the update of a client's job, if it was applied.
+    known: digest of the update of a client's job, and the verdict on it, if it was applied.
 
     Attributes
     ----------
@@ -36,14 +36,14 @@ class Inbox:
         self,
         append: Callable[[Sequence[Event]], Awaitable[None]],
         now: Callable[[], float],
-        known: Callable[[int, int], Verdict | None],
+        known: Callable[[int, int], tuple[str, Verdict] | None],
     ) -> None:
         self._append, self._now, self._known = append, now, known
         self.seq = 0
         self._handed = 0  # number of the last event that was handed out
         self._waiting: asyncio.Queue[tuple[dict[str, Any], Answer]] = asyncio.Queue()
         self._answers: dict[int, list[Answer]] = {}  # by the numbers of events that are not applied
-        self._updates: dict[tuple[int, int], int] = {}  # (client, job number) -> of such an event
+        self._updates: dict[tuple[int, int], tuple[str, int]] = {}  # (client, job number) -> digest, event
         self._ahead: asyncio.Task[list[Event]] | None = None
         self._shut: Over | Literal["late"] | None = None
 
@@ -122,14 +122,15 @@ class Inbox:
     def _numbered(self, facts: dict[str, Any], answer: Answer) -> Event | None:
         """The event, unless it is one that there is already."""
         if (number := facts.get("number")) is not None:
-            job = facts["client"], number
-            if job in self._updates:
-                self._answers[self._updates[job]].append(answer)
+            job, digest = (facts["client"], number), facts["body"]["digest"]
+            first, at = self._updates.get(job, (None, 0))
+            if first == digest:
+                self._answers[at].append(answer)
                 return None
-            if (verdict := self._known(*job)) is not None:
-                _set(answer, verdict)
+            if first is not None or self._known(*job) is not None:
+                _set(answer, self._too_late(facts))
                 return None
-            self._updates[job] = self.seq + 1
+            self._updates[job] = digest, self.seq + 1
         self.seq += 1
         self._answers[self.seq] = [answer]
         return Event(seq=self.seq, at=self._now(), **facts)
@@ -166,7 +167,8 @@ class Inbox:
     def _too_late(self, facts: Mapping[str, Any]) -> Verdict:
         """Of an update that is sent again, what was said before."""
         number = facts.get("number")
-        return (None if number is None else self._known(facts["client"], number)) or "late"
+        known = None if number is None else self._known(facts["client"], number)
+        return known[1] if known is not None and known[0] == facts["body"]["digest"] else "late"
 
 
 def _set(answer: Answer, verdict: Verdict) -> None:

@@ -94,7 +94,7 @@ class Run:
         )
         self.machine = Machine(federation, self.load, self._score)
         self.workers: dict[int, Worker] = {}
-        self._inbox = Inbox(functools.partial(log.append, row.id), lambda: self.now, self._verdict)
+        self._inbox = Inbox(functools.partial(log.append, row.id), lambda: self.now, self._known)
         self._taken: dict[tuple[int, int], tuple[str, Verdict]] = {}  # (client, number) -> digest, verdict
         self._timers: dict[int, tuple[float, asyncio.TimerHandle]] = {}  # token -> when, what rings
         self._task: asyncio.Task[None] | None = None
@@ -232,9 +232,8 @@ class Run:
         digest, verdict = taken
         return digest, verdict == "counted"
 
-    def _verdict(self, client: int, number: int) -> Verdict | None:
-        taken = self._taken.get((client, number))
-        return None if taken is None else taken[1]
+    def _known(self, client: int, number: int) -> tuple[str, Verdict] | None:
+        return self._taken.get((client, number))
 
     # What happens.
 

@@ -19,7 +19,7 @@ class Disk:
 
     def __init__(self, *, ready: bool = True) -> None:
         self.begun: list[int] = []
-        self.known: dict[tuple[int, int], Verdict] = {}
+        self.known: dict[tuple[int, int], tuple[str, Verdict]] = {}
         self.fails: Exception | None = None
         self._ready = asyncio.Event()
         if ready:
@@ -35,8 +35,8 @@ class Disk:
     def work(self, on: bool) -> None:
         (self._ready.set if on else self._ready.clear)()
 
-    def update(self, client: int, number: int) -> asyncio.Task[Verdict]:
-        told = self.inbox.tell("update", client=client, number=number, body={"digest": "d"})
+    def update(self, client: int, number: int, digest: str = "d") -> asyncio.Task[Verdict]:
+        told = self.inbox.tell("update", client=client, number=number, body={"digest": digest})
         return asyncio.create_task(told)
 
 
@@ -113,12 +113,33 @@ def test_an_update_that_is_sent_twice_is_one_event(when: str) -> None:
         await settle()
         while when == "on its way" and len(disk.inbox):
             await asyncio.sleep(0)
-        disk.known[4, 2] = "counted"
+        disk.known[4, 2] = "d", "counted"
         disk.inbox.answer(event, "counted")
         assert await asyncio.gather(*answers) == ["counted", "counted"]
         assert await disk.update(4, 2) == "counted"
         assert disk.begun == [1]
         disk.inbox.halt()
+
+    play(scene)
+
+
+def test_other_bytes_for_a_job_are_late_whatever_becomes_of_the_first() -> None:
+    async def scene() -> None:
+        disk = Disk(ready=False)
+        first, other = disk.update(4, 2), disk.update(4, 2, "e")
+        coming = asyncio.create_task(disk.inbox.next())
+        assert await other == "late"
+        disk.work(True)
+        (event,) = await coming
+        other = disk.update(4, 2, "e")
+        assert await other == "late"
+        disk.known[4, 2] = "d", "counted"
+        disk.inbox.answer(event, "counted")
+        assert await first == "counted"
+        assert await disk.update(4, 2, "e") == "late"
+        disk.inbox.shut("late")
+        assert (await disk.update(4, 2, "e"), await disk.update(4, 2)) == ("late", "counted")
+        assert disk.begun == [1]
 
     play(scene)
 
@@ -174,7 +195,7 @@ def test_who_rests_takes_what_has_a_number_and_no_more_however_much_comes() -> N
 def test_an_update_that_counted_and_is_sent_again_when_it_is_shut_has_counted() -> None:
     async def scene() -> None:
         disk = Disk()
-        disk.known[3, 1] = "counted"
+        disk.known[3, 1] = "d", "counted"
         waiting = disk.update(3, 1)
         disk.inbox.shut("late")
         assert await waiting == "counted"
