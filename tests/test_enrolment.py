@@ -388,6 +388,15 @@ def test_a_certificate_renewed_by_two_keys_shows_a_theft(authority: Authority, t
     assert {each.serial for each in revoked} == {holder.serial, f"{thief.serial_number:x}"}
 
 
+def test_whoever_is_put_out_while_a_renewal_waits_gets_none(authority: Authority, tmp_path: Path) -> None:
+    """The call was let in before; the registry is whose turn it is."""
+    holder = member(authority, tmp_path / "clinic").identity
+    authority.revoke("clinic-3", "stolen")
+    with pytest.raises(TrustError, match=f"certificate {holder.serial} of .* is revoked"):
+        authority.renew(holder, trust.request(tmp_path / "again"))
+    assert actions(authority)[-1] == "certificate.revoke"
+
+
 def test_an_expired_certificate_is_refused_on_both_sides(
     authority: Authority, clock: Clock, tmp_path: Path
 ) -> None:

@@ -215,11 +215,14 @@ class Authority:
         InputError
             When the request is none that this authority signs.
         TrustError
-            When this certificate was renewed for another key: two hold it, and one of them stole it.
+            When this certificate was renewed for another key: two hold it, and one of them stole it. Or when
+            it was revoked after the call was let in.
         """
         key = _requested_key(request)
         now = self.now()
         with self.registry.writing() as at:
+            if self.denied.reason(holder.serial) is not None:  # whoever revokes has the registry to himself
+                raise TrustError(f"certificate {holder.serial} of {holder} is revoked")
             old = self.registry.certificate(at, holder.serial)
             if old is not None and old.successor is not None:
                 known = self.registry.certificate(at, old.successor)
