@@ -156,9 +156,9 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
         roster=roster,
     )
     guard = (
-        Guard(RULES, None, insecure=True)
+        Guard(RULES, None, insecure=True, most=limits.calls)
         if authority is None
-        else Guard(RULES, authority.denied, on_refused=RefusalLog(authority.audit))
+        else Guard(RULES, authority.denied, on_refused=RefusalLog(authority.audit), most=limits.calls)
     )
     server = grpc.aio.server(
         interceptors=(guard, Pieces()), options=OPTIONS, maximum_concurrent_rpcs=config.rpcs

@@ -29,6 +29,7 @@ class Limits:
     waiting: uploads that may wait for one; more are told to come back.
     agent_uploads, agent_waiting: the same, of one agent.
     agent_rate: calls and messages a second of one agent, after some seconds' worth at once.
+    calls: of one caller at a time, streams included, whoever it is.
     update: bytes of an update. inline: bytes up to which it may come in its manifest.
     examples: of a client, its weight. steps: of a job.
     patience: seconds between two pieces of an upload.
@@ -41,6 +42,7 @@ class Limits:
     agent_uploads: int = 4
     agent_waiting: int = 100
     agent_rate: float = 500.0
+    calls: int = 500
     update: int = 2 << 30
     inline: int = INLINE
     examples: int = 100_000_000

@@ -13,6 +13,7 @@ import asyncio
 import inspect
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -126,6 +127,8 @@ class Guard(grpc.aio.ServerInterceptor):
         (``hansa-name``, ``hansa-role``), by default in a role that may do this.
     now:
         The clock.
+    most:
+        Calls of one caller at a time, streams included: who holds calls open leaves room for the others.
     """
 
     def __init__(
@@ -136,9 +139,11 @@ class Guard(grpc.aio.ServerInterceptor):
         on_refused: Refusal | None = None,
         insecure: bool = False,
         now: Callable[[], datetime] = utcnow,
+        most: int = 500,
     ) -> None:
         self._rules, self._denied, self._now, self._on_refused = rules, denied, now, on_refused
-        self._insecure = insecure
+        self._insecure, self._most = insecure, most
+        self._held: Counter[str] = Counter()  # name -> calls
         self._open: dict[asyncio.Task[Any], Identity] = {}
         self._ended: dict[asyncio.Task[Any], Refused] = {}
         self._sweeper: asyncio.Task[None] | None = None
@@ -234,9 +239,15 @@ class Guard(grpc.aio.ServerInterceptor):
 
     @contextmanager
     def _swept(self, made: Caller) -> Iterator[None]:
-        """While a call is handled, its certificate is looked at every :data:`SWEEP` seconds."""
-        task = asyncio.current_task()
+        """While a call is handled, it counts; its certificate is looked at every :data:`SWEEP` seconds."""
+        task, name = asyncio.current_task(), made.identity.name
         assert task is not None
+        if self._held[name] >= self._most:
+            raise Refused(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._most} calls of {made.identity} are open, and no more may be at a time; end some",
+            )
+        self._held[name] += 1
         self._open[task] = made.identity
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = asyncio.create_task(self._sweep(), name="sweep")
@@ -250,6 +261,9 @@ class Guard(grpc.aio.ServerInterceptor):
         finally:
             self._open.pop(task, None)
             self._ended.pop(task, None)
+            self._held[name] -= 1
+            if not self._held[name]:
+                del self._held[name]
 
     async def _sweep(self) -> None:
         while self._open:

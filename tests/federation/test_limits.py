@@ -83,6 +83,33 @@ def test_an_agent_that_calls_without_end_is_refused_and_the_others_train(floor: 
     assert checked(floor, play(scene())).updates == 4 * 4
 
 
+@pytest.mark.parametrize("method", ["Attend", "Upload"])
+def test_an_agent_that_opens_calls_and_says_nothing_leaves_room_for_the_others(
+    floor: Floor, method: str
+) -> None:
+    async def scene() -> None:
+        async with AsyncExitStack() as stack:
+            control = await stack.enter_async_context(floor.coordinator(calls=20))
+            stub = floor.stub(stack)
+            calls = [getattr(stub, method)(metadata=named("mute")) for _ in range(50)]
+            await until(lambda: sum(call.done() for call in calls) == 30)
+            refused = [call for call in calls if call.done()]
+            assert {await call.code() for call in refused} == {EXHAUSTED}
+            assert "20 calls of agent mute are open" in str(await refused[0].details())
+            async with floor.agents(2):
+                run = await submit(control, small(stop={"rounds": 2}))
+                assert (await end(control, run))[1].status == "finished"
+            assert sum(call.done() for call in calls) == 30
+            for call in calls:
+                call.cancel()
+            ended = stub.Download(pb.Wanted(lease=b"x"), metadata=named("mute"))
+            while await ended.code() is EXHAUSTED:  # until the coordinator has noticed
+                ended = stub.Download(pb.Wanted(lease=b"x"), metadata=named("mute"))
+            assert await ended.code() is grpc.StatusCode.PERMISSION_DENIED
+
+    play(scene())
+
+
 def test_a_stream_that_chatters_is_heard_more_slowly(floor: Floor) -> None:
     """Its answers do not pile up either."""
 
