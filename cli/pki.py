@@ -122,7 +122,13 @@ def issue(
         markup=False,
     )
     if to is not None:
-        replace(to, f"{token}\n".encode(), PRIVATE)
+        try:
+            replace(to, f"{token}\n".encode(), PRIVATE)
+        except OSError as error:
+            why = f"it cannot be written ({error.strerror})"
+            raise InputError(
+                "--output", str(to), why, "name a file in a folder that you may write"
+            ) from error
         out.say(str(to))
     elif not json:
         print(token)

@@ -15,6 +15,7 @@ from hansa.client.session import Link
 from hansa.core.data import load
 from hansa.core.errors import HansaError
 from hansa.core.recipe import parse
+from hansa.core.trust import explain_member
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire import stranger, version
 
@@ -103,6 +104,10 @@ async def _coordinator(config: Config) -> str | None:
     except HansaError as error:
         return str(error)
     except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.UNAVAILABLE and config.identity is not None:
+            why = await asyncio.to_thread(explain_member, config.coordinator, config.identity)
+            if why is not None:
+                return why
         return (
             f"{config.coordinator}: {error.code().name.lower().replace('_', ' ')} ({error.details()}); "
             "see that it runs, that `coordinator` is right, and that both sides use certificates or none"

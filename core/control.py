@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 
-from hansa.core.errors import HansaError, InputError, RunError
-from hansa.core.trust import channel_credentials, check_loopback
+from hansa.core.errors import HansaError, InputError, RunError, TrustError
+from hansa.core.trust import channel_credentials, check_loopback, explain_member
 from hansa.core.wire import OPTIONS
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import ControlStub
@@ -25,7 +25,7 @@ class Coordinator:
     """
 
     def __init__(self, address: str, identity: Path | None = None, *, patience: float = 20.0) -> None:
-        self.address, self._patience = address, patience
+        self.address, self._identity, self._patience = address, identity, patience
         self._remedy = "start one: `hansa coordinator start`"
         if identity is None:
             self._remedy += "; if it goes by certificates, name the folder of yours in HANSA_IDENTITY"
@@ -122,6 +122,8 @@ class Coordinator:
     def _explain(self, error: grpc.RpcError) -> HansaError:
         code, details = error.code(), error.details() or ""
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            if self._identity is not None and (why := explain_member(self.address, self._identity)):
+                return TrustError(why)
             return InputError(
                 "--on",
                 self.address,

@@ -23,8 +23,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health  # pyright: ignore[reportAttributeAccessIssue]
 
+from hansa.client.agent import Config
+from hansa.client.check import check
 from hansa.client.enrolment import Joined, join, renew, renew_if_due
-from hansa.core import trust
+from hansa.core import control, trust
 from hansa.core.errors import InputError, TrustError
 from hansa.core.trust import BACKDATE, LIFETIME, JoinToken, Role, files
 from hansa.core.wire.enrolment_pb2_grpc import add_RenewalServicer_to_server
@@ -300,6 +302,33 @@ def test_a_certificate_of_another_federation_is_refused_in_the_handshake(
     assert code == "UNAVAILABLE"
     assert why is not None
     assert "another federation" in why
+
+
+def test_people_and_agents_are_told_why_a_coordinator_is_not_theirs(
+    authority: Authority, tmp_path: Path
+) -> None:
+    foreign = Authority.create(tmp_path / "foreign", "harbour", [])
+    folder = tmp_path / "stranger"
+    member(foreign, folder)
+
+    def submitter(address: str) -> str:
+        with (
+            control.Coordinator(address, folder, patience=1.0) as remote,
+            pytest.raises(TrustError) as caught,
+        ):
+            remote.list()
+        return str(caught.value)
+
+    def agent(address: str) -> str:
+        state = tmp_path / "state"
+        config = Config(name="a", clients=(0,), coordinator=address, identity=folder, state=state)
+        return dict(check(config))["coordinator"] or ""
+
+    async def act(coordinator: Coordinator) -> list[str]:
+        return [await asyncio.to_thread(who, coordinator.address) for who in (submitter, agent)]
+
+    for why in with_coordinator(authority, act):
+        assert "what answers there was not certified by this federation's authority" in why
 
 
 def test_no_certificate_and_no_tls_are_refused_in_the_handshake(authority: Authority) -> None:

@@ -101,6 +101,8 @@ def test_joining_by_command(command: Command) -> None:
         (("pki", "init", "again"), 6, "not empty"),
         (("pki", "init", "x", "--pki", "y", "--host", "a:1"), 2, "without port"),
         (("pki", "ls", "--pki", "elsewhere"), 6, "no such folder"),
+        (("pki", "init", "x", "--pki", "/dev/null/y"), 6, "name a folder that you may write"),
+        (("pki", "issue", "x", "--output", "absent/x.token"), 2, "--output = 'absent/x.token'"),
         (("pki", "join", "127.0.0.1:1", "absent"), 2, "No such file"),
         (("pki", "renew", "127.0.0.1:1"), 6, "no such folder"),
         (("audit", "verify", "--log", "absent"), 6, "cannot be opened"),

@@ -151,6 +151,17 @@ def explain(
     return _caller_refused(address, authority, folder, now or utcnow())
 
 
+def explain_member(address: str, folder: Path) -> str | None:
+    """:func:`explain` for whoever has the certificate in ``folder``.
+
+    Raises
+    ------
+    TrustError
+        As :func:`~hansa.core.trust.folder.load`.
+    """
+    return explain(address, x509.load_pem_x509_certificate(load(folder).authority), folder)
+
+
 def _show(context: ssl.SSLContext, identity: Path) -> None:
     """OpenSSL opens the file for the certificate, then for the key; a renewal may fall between the two."""
     try:

@@ -14,7 +14,11 @@ PRIVATE, PUBLIC = 0o600, 0o644
 
 def make_folder(folder: Path) -> None:
     """A folder that only its owner reads; one that exists is checked (:func:`check_folder`)."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"it cannot be made ({error.strerror}); name a folder that you may write"
+        raise TrustError(f"{folder}: {why}") from error
     check_folder(folder)
 
 
