@@ -64,7 +64,9 @@ def load(folder: Path) -> tuple[Tree, dict[str, Any], Path | None] | None:
         try:
             facts = json.loads((path / "state.json").read_text())
             bank = path / _BANK
-            return load_file(path / "state.safetensors"), facts, bank if bank.exists() else None
+            # In memory of their own: products of numbers that lie askew, as in the file, may round otherwise.
+            tensors = {name: each.clone() for name, each in load_file(path / "state.safetensors").items()}
+            return tensors, facts, bank if bank.exists() else None
         except (OSError, ValueError, SafetensorError) as error:
             reason = f"{path.name}: {error}"
     if found:

@@ -200,10 +200,12 @@ class Moving:
             elif name in self.own:
                 made[name] = self.back(self.own[name] - self.start[name])
             else:
-                made[name] = torch.zeros_like(self.common[name]).expand(
-                    self.clients, *self.common[name].shape
-                )
+                made[name] = self._unmoved(name, self.clients)
         return made
+
+    def _unmoved(self, name: str, rows: int) -> Tensor:
+        """No change, row by row: sums are moved in place, and a checkpoint keeps each row."""
+        return self.common[name].new_zeros(rows, *self.common[name].shape)
 
     def sums(self, weights: Tensor) -> Tree:
         """Weighted changes summed over each block of works [g, ...]; weights [K].
@@ -219,8 +221,7 @@ class Moving:
             elif name in self.own:
                 made[name] = self._sums_of_rows(self.back(self.own[name] - self.start[name]), weights)
             else:
-                common = self.common[name]
-                made[name] = torch.zeros_like(common).expand(blocks, *common.shape)
+                made[name] = self._unmoved(name, blocks)
         return made
 
     def _sums_of_rows(self, rows: Tensor, weights: Tensor) -> Tensor:

@@ -31,6 +31,19 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
         assert torch.equal(found[0][name], each)
 
 
+def test_products_of_what_comes_back_are_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    """A library may add in another order where numbers do not begin where its vectors do."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 63, generator=rng)
+    tensors = {str(n): torch.randn(17, 63, generator=rng) for n in range(16)}
+    checkpoint.save(tmp_path, 1, tensors, {})
+    found = checkpoint.load(tmp_path)
+    assert found is not None
+    assert all(each.data_ptr() % 64 == 0 for each in found[0].values())
+    for name, each in tensors.items():
+        assert torch.equal(x @ found[0][name].T, x @ each.T)
+
+
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     for version in (9, 10, 100, 101):
         write(tmp_path, version)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hansa.core import trees
@@ -23,7 +24,7 @@ from hansa.core.models import (
     build,
 )
 from hansa.core.recipe import EngineConfig, Recipe
-from hansa.core.sums import BLOCK
+from hansa.core.sums import BLOCK, Sums
 from hansa.core.task import LocalSGD, LocalWork, Task
 from hansa.simulation.cohort import Results, SequentialTrainer, Work
 from hansa.simulation.fused import FusedTrainer, applies
@@ -113,6 +114,19 @@ class Mixing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(1)
         out: Tensor = self.head(flat - flat.mean(0))
+        return out
+
+
+class Settled(nn.Module):
+    """Shares a layer that nobody trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(64, 16).requires_grad_(False)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.body(x.flatten(1))))
         return out
 
 
@@ -239,6 +253,19 @@ def test_sums_do_not_depend_on_the_chunk_or_on_threads_to_the_last_bit(
         made.append(trees.concatenate(sums))
     for key, sums_of_eight in made[0].items():
         assert torch.equal(sums_of_eight, made[1][key]), key
+
+
+def test_what_nobody_trains_is_summed_and_stored_like_the_rest() -> None:
+    f = federation(Settled(), IMAGE, FedAvg())
+    jobs = works(f) * 3  # blocks enough to be added up in pairs of pairs
+    (found,) = FusedTrainer(f, seed=0, chunk=40, otherwise=SequentialTrainer(f, seed=0)).train(jobs)
+    assert isinstance(found.change, Moving)
+    weights = torch.ones(len(jobs), dtype=torch.float64)
+    whole = Sums().add_blocks(found.change.sums(weights), weights).total()
+    for name, each in found.updates.items():
+        torch.testing.assert_close(whole.sums[name], each.sum(0), rtol=1e-10, atol=1e-12)
+    rows = {str(k): each for k, each in enumerate(found.updates["body.weight"])}
+    assert not any(each.any() for each in load(save(rows)).values())
 
 
 def test_private_models_are_fused_too() -> None:
