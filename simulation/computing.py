@@ -97,6 +97,7 @@ class Computing:
         self._stateful = bool(federation.algorithm.private(federation.task))
         self._chunk = trainer.chunk  # the trainer's own may be halved, on one worker only
         self._halved = False
+        self._chosen = False
 
     def settle(self, due: Sequence[Open], flying: Iterable[Open]) -> None:
         """Compute jobs whose clients are to start again, from the private state that these leave."""
@@ -198,17 +199,22 @@ class Computing:
         return made
 
     def _choose(self, jobs: Sequence[Open]) -> None:
-        """All workers use the tier that the first one found to be fastest."""
+        """All workers use the tier that the first one knows, or finds, to be the fastest."""
         chosen = self._trainer
-        if not isinstance(chosen, Measured) or chosen.tier is not None:
+        if self._chosen or not isinstance(chosen, Measured):
             return
+        self._chosen = True
         works = self._works(jobs)
 
-        def measured() -> Mode:
+        def fastest() -> Mode:
+            if chosen.tier is not None:
+                return chosen.tier
             with self._clock("measure"):
                 return chosen.measure(works)
 
-        chosen.settle(self._workers.from_first(measured), "the fastest on the first cohort")
+        tier = self._workers.from_first(fastest)
+        if tier != chosen.tier:  # another machine may remember another one
+            chosen.settle(tier, "the fastest on the first cohort")
         self._chunk = chosen.chunk
 
     def _works(self, jobs: Sequence[Open]) -> list[Work]:

@@ -108,7 +108,8 @@ class Workers:
         return shares(costs, self.count, unit)[self.rank]
 
     def _gather(self, tensors: Tree, facts: Any) -> list[Part]:
-        told = json.dumps(facts).encode()
+        # Names in their order, for sums over a tree depend on it in the last digit; safetensors sorts.
+        told = json.dumps([facts, list(tensors)]).encode()
         packed = save({name: each.detach().cpu().contiguous() for name, each in tensors.items()})
         message = len(told).to_bytes(_LENGTH, "little") + told + packed
         mine = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(self._carrier)
@@ -124,8 +125,8 @@ class Workers:
     def _unpacked(self, message: Tensor) -> Part:
         raw = message.cpu().numpy().tobytes()
         end = _LENGTH + int.from_bytes(raw[:_LENGTH], "little")
-        tree = {name: each.to(self._device) for name, each in load(raw[end:]).items()}
-        return tree, json.loads(raw[_LENGTH:end])
+        (facts, names), tensors = json.loads(raw[_LENGTH:end]), load(raw[end:])
+        return {name: tensors[name].to(self._device) for name in names}, facts
 
 
 def join() -> Workers:

@@ -58,13 +58,18 @@ CASES: dict[str, dict[str, Any]] = {
         "aggregation": {"rule": "multikrum", "f": 2},
         "attack": {"name": "sign_flip", "fraction": 0.1},
     },
+    "geometric median": {
+        "aggregation": {"rule": "geometric_median"},
+        "model": {"name": "mlp", "hidden": [40, 20]},
+    },
     "gossip": {"algorithm": {"name": "dfedsam"}, "topology": {"kind": "ring"}},
     "selective": {"algorithm": {"name": "selective"}, "model": {"name": "mlp", "hidden": [6]}},
 }
 
 
 SCRIPT = """
-import json, pathlib, sys
+import json, os, pathlib, sys
+os.environ["XDG_CACHE_HOME"] = f"{sys.argv[2]}-{os.environ['RANK']}"  # as on machines of their own
 from hansa.core.errors import HansaError
 from hansa.core.recipe import parse
 from hansa.simulation.runs import resume, start
@@ -72,6 +77,9 @@ from hansa.simulation.runs import resume, start
 cases, folder = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])
 for name, raw in cases.items():
     start(parse(raw), folder / name).go()
+measured = {**cases["fedavg"], "engine": {"mode": "auto"}}
+for name in ("measured", "remembered"):  # by the first worker alone
+    start(parse(measured), folder / name).go()
 
 run = start(parse(cases["scaffold"]), folder / "stopped")
 outcomes = {}
@@ -134,6 +142,11 @@ def test_two_processes_make_the_run_of_one(name: str, of_two: Path, tmp_path: Pa
     twin = only(of_two / name)
     assert same_models(load_file(run.model), load_file(twin / "model.safetensors"))
     assert record(run.directory) == record(twin)
+
+
+def test_all_workers_use_the_tier_that_the_first_one_knows(of_two: Path) -> None:
+    measured, remembered = (only(of_two / name) for name in ("measured", "remembered"))
+    assert same_models(*(load_file(each / "model.safetensors") for each in (measured, remembered)))
 
 
 def test_workers_stop_together_and_go_on_together(of_two: Path) -> None:
