@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import sys
 from functools import cache
@@ -103,6 +104,7 @@ def serve(
             "passwords will cross the network in the clear; use --certificate and --key, or an HTTPS proxy",
             file=sys.stderr,
         )
+    _require_free(address, port)
     print(f"{'https' if certificate else 'http'}://{address}:{port}", flush=True)
     pair = (certificate, key) if certificate is not None and key is not None else None
     serve(Site(source=source, gate=gate, recipes=_recipes), address=address, port=port, certificate=pair)
@@ -156,6 +158,15 @@ def _require_pair(certificate: Path, key: Path) -> None:
             why,
             "give a certificate and its key, both PEM, without password",
         ) from error
+
+
+def _require_free(address: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        socket.create_server((address, port), family=family).close()
+    except OSError as error:
+        why = f"nothing can listen at {address}:{port} ({error.strerror or error})"
+        raise InputError("--port", port, why, "use another port") from error
 
 
 def _source(runs: Path | None, server: str | None) -> Source:

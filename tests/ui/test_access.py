@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,15 @@ def test_a_dashboard_that_others_reach_needs_a_login(capsys: pytest.CaptureFixtu
     assert "hansa ui user add" in " ".join(capsys.readouterr().err.split())
     assert main(["ui", "--certificate", "there-is-none.pem", "--key", "nor-here.pem"]) == 2
     assert "--certificate = 'there-is-none.pem'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_port_that_is_taken_is_said_before_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["ui", "--port", str(port)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"--port = {port}: nothing can listen at 127.0.0.1:{port}" in " ".join(said.err.split())
 
 
 # Sign-ins.
