@@ -243,6 +243,31 @@ def test_csv_is_standardised_by_the_train_statistics_alone(tmp_path: Path) -> No
     npt.assert_allclose(spread, np.ptp(values[:, 0]) / 30, rtol=0.2)  # 160 draws: deviation known to 6 %
 
 
+def test_csv_features_constant_but_for_rounding_are_only_centred(tmp_path: Path) -> None:
+    """The mean of a thousand 0.3 is another number, which then fills the gaps; 0.1 + 0.2 is another, too."""
+    lines = "".join(
+        f"{('0.3', '')[at % 2]},{(0.3, 0.1 + 0.2)[at % 2]!r},{at},{at % 2}\n" for at in range(2000)
+    )
+    test = csv_file(tmp_path, "a,b,c,y\n0.4,0.5,0,0\n", "test.csv")
+    path = csv_file(tmp_path, "a,b,c,y\n" + lines)
+    train, held_out = load(CsvData(path=path, test_path=test, target="y", missing="mean"), 0)
+    npt.assert_allclose(train.x[:, :2], 0, atol=1e-7)
+    npt.assert_allclose(held_out.x[0, :2], [0.1, 0.2], atol=1e-7)
+
+
+def test_csv_ids_longer_than_floats_or_of_two_parts_stay_apart(tmp_path: Path) -> None:
+    """A double holds whole numbers to 2^53 = 9.0e15; Python reads 3_12 as 312."""
+    for ids in (
+        ("1000000000000000001", "1000000000000000002", "1000000000000000010"),
+        ("3_12", "31_2", "312"),
+    ):
+        lines = "".join(f"{at},{ids[at % 3]},{at % 2}\n" for at in range(30))
+        config = CsvData(path=csv_file(tmp_path, "a,who,y\n" + lines), target="y", group="who")
+        train, test = load(config, 0)
+        assert sorted(train.groups) == sorted(ids)
+        assert len(partition(NaturalPartition(), train, test, 0).train_shards) == 3
+
+
 def test_classes_are_numbered_as_named_whether_they_occur_or_not(tmp_path: Path) -> None:
     rows = ["1,ill\n", "2,well\n", "3,ill\n", "4,ill\n", "5,well\n"]
     path = csv_file(tmp_path, "a,y\n" + "".join(rows))
@@ -298,6 +323,7 @@ def test_csv_regression_and_ignored_columns(tmp_path: Path) -> None:
         ),
         (TABLE, {"categorical": ("kind", "site")}, "missing values: 2, columns with any: 2; .* line 4"),
         (TABLE, {}, "'north': 'table' line 2, column 'site' is not a number"),
+        (TABLE, {"categorical": ("kind", -1)}, r"data\.categorical = 'sick': it is the target"),
         (TABLE, {"target": "kind", "ignore": ("site", "weight", "sick")}, "missing values: 1"),
         (TABLE, {"ignore": ("age", "site", "weight", "kind")}, "no column is left to learn from"),
         (TABLE, {"delimiter": ";"}, "'sick': there is no such column among age, site"),
@@ -365,12 +391,23 @@ def test_images_by_domain_and_class_resized_and_grey(tmp_path: Path) -> None:
 
 
 def test_sixteen_bit_greys_are_not_cut_off(tmp_path: Path) -> None:
+    config = ImagesData(path=str(tmp_path), test_path=str(tmp_path), grayscale=True)
     for kind, value in (("dark", 0x4000), ("light", 0x8000)):
         (tmp_path / kind).mkdir()
-        for number in range(2):
-            Image.fromarray(np.full((2, 2), value, np.uint16)).save(tmp_path / kind / f"{number}.png")
-    train, _ = load(ImagesData(path=str(tmp_path), test_path=str(tmp_path), grayscale=True), 0)
+        Image.fromarray(np.full((2, 2), value, np.uint16)).save(tmp_path / kind / "0.png")
+        greys = np.full((2, 2), value, ">u2").tobytes()
+        (tmp_path / kind / "1.pgm").write_bytes(b"P5 2 2 65535\n" + greys)
+    train, _ = load(config, 0)
     npt.assert_allclose(train.x[:, 0, 0, 0] * 255, [0x40, 0x40, 0x80, 0x80], atol=1e-4)
+    for kind, grey in (("dark", np.int32(64)), ("light", np.float32(128))):
+        Image.fromarray(np.full((2, 2), grey)).save(tmp_path / kind / "0.tif")
+        (tmp_path / kind / "0.png").unlink()
+    train, _ = load(config, 0)
+    npt.assert_allclose(train.x[:, 0, 0, 0] * 255, [0x40, 0x40, 0x80, 0x80], atol=1e-4)
+    for none in (np.int32(256), np.float32(0.5)):
+        Image.fromarray(np.full((2, 2), none)).save(tmp_path / "dark" / "0.tif")
+        with pytest.raises(DataError, match=r"0\.tif': its greys are not from 0 to 255"):
+            load(config, 0)
 
 
 def test_image_refusals(tmp_path: Path) -> None:

@@ -17,10 +17,23 @@ _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".
 
 
 def pixels(image: Image.Image, size: int | None, *, grayscale: bool) -> npt.NDArray[np.uint8]:
-    """``[C, H, W]`` bytes of an image, resized to size x size unless that is None."""
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion would cut 16-bit greys off at 255.
+    """``[C, H, W]`` bytes of an image, resized to size x size unless that is None.
+
+    Raises
+    ------
+    DataError
+        If its greys have 32 bits, or are fractions, so that nobody knows which is white.
+    """
+    # Pillow's own conversion would cut greys off at 255. It reads those of 16 bits in a PGM file as 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F") and not np.isin(np.asarray(image), np.arange(256)).all():
+        raise DataError(
+            "data.path",
+            getattr(image, "filename", "") or f"an image of mode {image.mode}",
+            "its greys are not from 0 to 255, and which is white is not known",
+            "save it with 8 or 16 bits a pixel",
+        )
     image = image.convert("L" if grayscale else "RGB")
     if size is not None:
         image = image.resize((size, size), Image.Resampling.BILINEAR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,17 @@ def coded(parts: Sequence[Array]) -> tuple[list[npt.NDArray[np.int64]], tuple[st
     """Codes 0, 1, … of the values that occur in any of the parts, and the values' names.
 
     Text that is all numbers is ordered by number, and different spellings of a number ("1", "1.0") are one
-    value.
+    value. Numbers are exact, for ids are longer than floats, and have no underscores: "3_12" is no 312.
     """
     distinct, codes = np.unique(
         np.concatenate([np.asarray(part, _plain(part)) for part in parts]), return_inverse=True
     )
     names = [str(int(value)) if _whole(value) else str(value) for value in distinct]
-    if distinct.dtype.kind == "U":
+    if distinct.dtype.kind == "U" and not any("_" in name for name in names):
         try:
-            _, first, merged = np.unique(distinct.astype(np.float64), return_index=True, return_inverse=True)
-        except ValueError:
+            numbers = np.array([Decimal(name) for name in names], object)
+            _, first, merged = np.unique(numbers, return_index=True, return_inverse=True)
+        except ArithmeticError:  # not numbers, or NaN, which has no place in their order
             pass
         else:
             names, codes = [names[at] for at in first], merged[codes]

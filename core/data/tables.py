@@ -182,6 +182,13 @@ def read(config: CsvData) -> Loaded:
     group = None if config.group is None else _position(table, config.group, "data.group")
     ignored = {_position(table, column, "data.ignore") for column in config.ignore}
     categorical = [_position(table, column, "data.categorical") for column in config.categorical]
+    if target in categorical:
+        raise DataError(
+            "data.categorical",
+            config.target,
+            "it is the target: the examples would tell what is to be learnt",
+            "leave it out here; a class may be text as it is",
+        )
     numeric = [
         column for column in range(len(table.names)) if column not in {target, group, *ignored, *categorical}
     ]
@@ -227,6 +234,9 @@ def _missing_error(table: _Table, columns: list[int], config: CsvData) -> DataEr
 def standardise(train: Examples, test: Examples, numeric: Tensor) -> tuple[Examples, Examples]:
     """Fill gaps with the train mean, then bring the numeric features to train mean 0 and variance 1.
 
+    The deviation of a constant feature is 0 but for the rounding of its mean, which may be off by n ε |mean|
+    (Higham, "Accuracy and Stability of Numerical Algorithms", section 4.2).
+
     Parameters
     ----------
     train, test:
@@ -248,8 +258,9 @@ def standardise(train: Examples, test: Examples, numeric: Tensor) -> tuple[Examp
             "name its column here",
         )
     spread = torch.where(train.x.isnan(), mean, train.x).std(dim=0, correction=0)
+    rounding = len(train) * torch.finfo(mean.dtype).eps * mean.abs()
     shift = torch.where(numeric, mean, 0.0)
-    scale = torch.where(numeric & (spread > 0), spread, 1.0)
+    scale = torch.where(numeric & (spread > rounding), spread, 1.0)
     made = [
         replace(part, x=((torch.where(part.x.isnan(), mean, part.x) - shift) / scale).float())
         for part in (train, test)
