@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -56,11 +56,11 @@ class Attendant:
         self.out: asyncio.Queue[pb.ToAgent | None] = asyncio.Queue()  # None: it ends
         self._holding = {bytes(each) for each in hello.holding}
 
-    def clients(self, population: int) -> list[int]:
+    def clients(self, population: int) -> Sequence[int]:
         """The clients of a run that it speaks for."""
         seats = self.hello.seats
         if seats.of:
-            return list(range(seats.share % seats.of, population, seats.of))
+            return range(seats.share % seats.of, population, seats.of)
         return sorted({each for each in seats.clients if each < population})
 
     def push(self, run: Run, job: Open) -> None:

@@ -45,21 +45,7 @@ class Past:
     def told(self) -> list[pb.Round]:
         """Its rounds, as they are told to who watches."""
         with RunStore.open(self.directory) as store:
-            rounds, jobs = store.rounds(), store.participation()
-        asked = Counter(jobs["round"].tolist())
-        folded = Counter(jobs["round"][jobs["outcome"] == "folded"].tolist())
-        return [
-            pb.Round(
-                index=each.index,
-                time=each.time,
-                bytes_up=each.bytes_up,
-                bytes_down=each.bytes_down,
-                asked=asked[each.index],
-                folded=folded[each.index],
-                metrics=dict(each.metrics),
-            )
-            for each in rounds
-        ]
+            return told(store)
 
     @cached_property
     def planned(self) -> int:
@@ -78,3 +64,22 @@ class Past:
     @cached_property
     def _late(self) -> set[tuple[int, int]]:
         return {(int(client), int(number)) for client, number in self._facts.get("late", [])}
+
+
+def told(store: RunStore) -> list[pb.Round]:
+    """The rounds of a record, as they are told to who watches."""
+    rounds, jobs = store.rounds(), store.participation()
+    asked = Counter(jobs["round"].tolist())
+    folded = Counter(jobs["round"][jobs["outcome"] == "folded"].tolist())
+    return [
+        pb.Round(
+            index=each.index,
+            time=each.time,
+            bytes_up=each.bytes_up,
+            bytes_down=each.bytes_down,
+            asked=asked[each.index],
+            folded=folded[each.index],
+            metrics=dict(each.metrics),
+        )
+        for each in rounds
+    ]

@@ -41,6 +41,7 @@ from hansa.server.inbox import Inbox
 from hansa.server.jobs import Open
 from hansa.server.leases import Lease
 from hansa.server.machine import Effects, Machine, Verdict
+from hansa.server.past import told
 from hansa.server.patience import Over
 from hansa.strategies.catalog import Federation
 from hansa.strategies.evaluate import Evaluator
@@ -87,8 +88,8 @@ class Run:
         self._events, self._artefacts = log, artefacts
         self._log = structlog.get_logger(__name__).bind(run=row.id)
         self._store = _record(directory, federation, row.recipe)
-        self._recorded = max((each.index for each in self._store.rounds()), default=0)
-        self.told: list[pb.Round] = []
+        self.told = told(self._store)
+        self._recorded = max((each.index for each in self.told), default=0)
         self._evaluator = Evaluator(
             federation, seed=federation.recipe.seed, clients=federation.recipe.evaluation.clients
         )
@@ -346,11 +347,12 @@ class Run:
         return self._evaluator(hub, {})
 
     def _keep(self, done: Round) -> None:
-        if done.index > self._recorded:  # a replay makes rounds again
-            self._store.append(done)
-            self._recorded = done.index
-            FIGURES.rounds.inc()
-            self._log.info("round", round=done.index, **{k: v for k, v in done.metrics.items() if k in _TOLD})
+        if done.index <= self._recorded:  # a replay makes rounds again
+            return
+        self._store.append(done)
+        self._recorded = done.index
+        FIGURES.rounds.inc()
+        self._log.info("round", round=done.index, **{k: v for k, v in done.metrics.items() if k in _TOLD})
         self.told.append(
             pb.Round(
                 index=done.index,
@@ -482,12 +484,13 @@ class Run:
     def arrive(self, worker: Worker, clients: Sequence[int]) -> None:
         """An agent is connected and speaks for these clients."""
         fresh: list[int] = []
+        others: list[int] = []
         for client in clients:
             if client >= self.federation.clients:
                 continue
             holder = self.machine.seats.get(client, worker.name)
             if holder != worker.name:
-                self._log.warning("a client belongs to another agent", client=client, agent=worker.name)
+                others.append(client)
                 continue
             self.workers[client] = worker
             if client not in self.machine.there:
@@ -497,6 +500,10 @@ class Run:
                 worker.push(self, job)
                 if job.recalled:
                     worker.recall(self, job, True)
+        if others:
+            self._log.warning(
+                "clients belong to other agents", agent=worker.name, count=len(others), clients=others[:10]
+            )
         if self.machine.seats:
             self._join(fresh)
         elif len(self.workers) >= (self.wait_for or self.federation.clients):

@@ -110,6 +110,32 @@ def test_an_agent_that_opens_calls_and_says_nothing_leaves_room_for_the_others(
     play(scene())
 
 
+def test_whoever_claims_what_others_hold_is_told_of_in_a_line(floor: Floor) -> None:
+    recipe = small(partition={"kind": "iid", "clients": 100}, model={"name": "logistic"})
+
+    async def scene() -> None:
+        async with AsyncExitStack() as stack:
+            control = await stack.enter_async_context(floor.coordinator())
+            stub, streams = floor.stub(stack), []
+            said = stack.enter_context(structlog.testing.capture_logs())
+            for name in ("holder", "claimant"):
+                streams.append(stub.Attend(metadata=named(name)))
+                seats = pb.Seats(share=0, of=1)
+                await streams[-1].write(pb.FromAgent(hello=pb.Hello(version=version(), seats=seats)))
+                await streams[-1].read()
+                if name == "holder":
+                    await submit(control, recipe)
+                    await streams[-1].read()  # a job: the clients are the holder's
+            lines = [each for each in said if each.get("agent") == "claimant"]
+            (line,) = (each for each in lines if each["event"] == "clients belong to other agents")
+            assert (line["count"], line["clients"]) == (100, list(range(10)))
+            assert len(lines) == 2  # and that it came
+            for each in streams:
+                each.cancel()
+
+    play(scene())
+
+
 def test_a_stream_that_chatters_is_heard_more_slowly(floor: Floor) -> None:
     """Its answers do not pile up either."""
 

@@ -114,6 +114,28 @@ def test_the_condition_counts_what_happened(floor: Floor) -> None:
     play(scene())
 
 
+def test_whoever_watches_after_a_restart_is_told_of_every_round(floor: Floor) -> None:
+    """Also of those before the snapshot from which the coordinator went on."""
+    recipe = small(stop={"rounds": 12}, engine={"dtype": "float64", "checkpoint_every": 2})
+
+    async def scene() -> None:
+        async with floor.coordinator() as control, floor.agents(2):
+            run = await submit(control, recipe)
+            before: list[pb.Round] = []
+            async for happening in control.Watch(pb.WatchRequest(id=run)):
+                before.append(happening.round)
+                if len(before) == 6:
+                    await control.Stop(pb.RunName(id=run))
+                    break
+        async with floor.coordinator() as control, floor.agents(2):
+            await control.Resume(pb.RunName(id=run))
+            rounds, _ = await end(control, run)
+            assert [each.index for each in rounds] == list(range(1, 13))
+            assert rounds[:6] == before
+
+    play(scene())
+
+
 def test_a_run_is_told_with_its_headline(floor: Floor) -> None:
     async def scene() -> None:
         async with floor.coordinator() as control:
