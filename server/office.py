@@ -83,9 +83,11 @@ class Office:
                 continue
             try:
                 self._begin(await self._events.insist(partial(self._recovered, row), f"{row.id}: recovering"))
-            except HansaError as error:
-                _log.error("a run cannot be taken up", run=row.id, error=str(error))
-                self._past[row.id] = self._ended(row)
+            except Exception as error:  # whatever a replay raises: the other runs go on
+                expected = isinstance(error, HansaError)
+                _log.error("a run cannot be taken up", run=row.id, error=str(error), exc_info=not expected)
+                why = f"it could not be taken up when the coordinator started: {error}"
+                self._past[row.id] = self._ended(dataclasses.replace(row, reason=why))
         self.artefacts.sweep()
         self.artefacts.clear(lambda run: run not in self._runs)
 

@@ -29,7 +29,8 @@ from hansa.core.wire.federation_pb2_grpc import ControlStub
 from hansa.server import database, office, runs
 from hansa.server.app import Config, coordinator
 from hansa.server.artefacts import Artefacts
-from hansa.server.events import EventLog
+from hansa.server.events import Event, EventLog
+from hansa.server.machine import Effects, Machine
 from hansa.server.patience import Over
 
 
@@ -206,6 +207,37 @@ def test_an_ended_run_lets_go_of_its_hub_and_still_answers(
             assert await submit(control, small(), key="k") == run
             pieces = [each.data async for each in control.Model(pb.RunName(id=run))]
             assert b"".join(pieces) == (floor.runs / run / "model.safetensors").read_bytes()
+
+    play(scene())
+
+
+def test_a_run_that_cannot_be_replayed_holds_up_no_other(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is as it was when it can be again."""
+    apply = Machine.apply
+
+    def failing(self: Machine, event: Event) -> Effects:
+        if self.hub.schedule.stop.rounds == 400:
+            raise RuntimeError("not enough memory")
+        return apply(self, event)
+
+    async def scene() -> None:
+        async with floor.coordinator() as control, floor.agents(2):
+            stuck = await submit(control, small(stop={"rounds": 400}))
+            async for _ in control.Watch(pb.WatchRequest(id=stuck)):
+                break
+            await control.Stop(pb.RunName(id=stuck))
+        with monkeypatch.context() as patch:
+            patch.setattr(Machine, "apply", failing)
+            async with floor.coordinator() as control, floor.agents(2):
+                (told,) = (await control.List(pb.ListRequest())).runs
+                assert (
+                    told.reason == "it could not be taken up when the coordinator started: not enough memory"
+                )
+                assert (await end(control, await submit(control, small())))[1].status == "finished"
+        async with floor.coordinator() as control:
+            assert (await control.Resume(pb.RunName(id=stuck))).rounds >= 1
 
     play(scene())
 
