@@ -420,7 +420,10 @@ class Agent:
 
 def _heartbeat() -> pb.Heartbeat:
     """How the battery stands, where there is one."""
-    battery = psutil.sensors_battery()
+    try:
+        battery = psutil.sensors_battery()
+    except OSError:  # a kernel that knows of no power supply
+        battery = None
     if battery is None:
         return pb.Heartbeat()
     return pb.Heartbeat(battery=battery.percent / 100, mains=bool(battery.power_plugged))

@@ -68,7 +68,7 @@ class Artefacts:
         if not folder.is_dir():
             folder.mkdir()
             disk.sync_folder(self._snapshots)
-        draft = self._spool / f"{digest}.{os.getpid()}"
+        draft = self._spool / f"{digest}.{next(self._drafts)}.{os.getpid()}"  # two runs may put the same
         disk.write(draft, data)
         draft.rename(folder / digest)
         disk.sync_folder(folder)

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from floor import Floor, checked, end, play, small, submit
 
 from hansa.client import policy
-from hansa.client.agent import Config, read_config
+from hansa.client.agent import Config, _heartbeat, read_config
 from hansa.client.check import check
 from hansa.client.outbox import Outbox, entry
 from hansa.client.policy import Policy, Refused
@@ -296,6 +297,14 @@ def test_passes_in_bf16_leave_weights_and_updates_in_float32(floor: Floor) -> No
     distances = {n: float((half[n] - t).norm() / t.norm()) for n, t in full.items() if t.is_floating_point()}
     assert max(distances.values()) > 1e-5
     assert max(distances.values()) < 0.1  # eight bits of significand, a few dozen steps
+
+
+def test_a_kernel_that_knows_of_no_power_supply_has_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise FileNotFoundError("/sys/class/power_supply")
+
+    monkeypatch.setattr(psutil, "sensors_battery", absent)
+    assert not _heartbeat().HasField("battery")
 
 
 def test_precision_is_checked(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,16 @@ def test_memory_of_one_size_makes_room_for_another() -> None:
     assert store.scarce
     del large, left
     assert not store.scarce
+
+
+def test_two_runs_keep_the_same_part_of_a_snapshot_at_the_same_time(tmp_path: Path) -> None:
+    artefacts = Artefacts(tmp_path)
+    parts = [bytes([i]) * 200_000 for i in range(100)]
+
+    def put(run: str) -> list[str]:
+        return [artefacts.put(run, part) for part in parts]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(put, ("a", "b"))
+    assert [artefacts.part("a", each) for each in first] == parts
+    assert [artefacts.part("b", each) for each in second] == parts
