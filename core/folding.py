@@ -7,7 +7,7 @@ ordinary batch operation, so none of vmap's batching rules (slow for convolution
 :class:`Gradient` is what :meth:`hansa.core.task.Task.gradient` calls. Alone it is plain autograd; under
 ``torch.vmap`` it receives the stacked tensors and folds. Before its first use the fold is checked against
 plain autograd on two clients with different parameters; a module that fails (it mixes examples, or uses a
-parameter in an operation not known here) is left to vmap.
+parameter in an operation not known here) is left to vmap, if that gives the same, and else done one by one.
 
 Shapes: K clients, B examples each.
 """
@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hansa.core.trees import Tree, doubled, row
+from hansa.core.trees import Tree, doubled, row, stack
 
 if TYPE_CHECKING:
     from hansa.core.task import Batch, Metrics, Task
+
+    Way = Callable[[Task, Tree, Batch], tuple[Tree, Metrics, Tree]]
 
 
 class _PerClient(TorchFunctionMode):
@@ -187,13 +189,19 @@ class Gradient(torch.autograd.Function):
 
 
 def together(task: Task, params: Tree, batch: Batch) -> tuple[Tree, Metrics, Tree]:
-    """Gradients, metrics and buffers [K, ...] of K clients: folded where that was found to be right."""
+    """Gradients, metrics and buffers [K, ...] of K clients: folded, else under vmap, where that is right."""
     if len(batch["x"]) > 1:
         if task.foldable is None:
-            task.foldable = sound(task, lambda each: _agrees(each, params, batch))
+            task.foldable = sound(task, lambda each: _agrees(each, folded, params, batch))
         if task.foldable:
             return folded(task, params, batch)
-    return torch.vmap(task.traced_gradient)(params, batch)
+        if task.mappable is None:
+            task.mappable = sound(task, lambda each: _agrees(each, mapped, params, batch))
+        if task.mappable:
+            return mapped(task, params, batch)
+    each = [plain(task, row(params, k), row(batch, k)) for k in range(len(batch["x"]))]
+    grads, metrics, buffers = (stack(trees) for trees in zip(*each, strict=True))
+    return grads, metrics, buffers
 
 
 def plain(task: Task, params: Tree, batch: Batch) -> tuple[Tree, Metrics, Tree]:
@@ -203,6 +211,11 @@ def plain(task: Task, params: Tree, batch: Batch) -> tuple[Tree, Metrics, Tree]:
         loss, (metrics, buffers) = task.mean_loss({**params, **moving}, batch)
         grads = torch.autograd.grad(loss, list(moving.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(moving, grads, strict=True)), metrics, buffers
+
+
+def mapped(task: Task, params: Tree, batch: Batch) -> tuple[Tree, Metrics, Tree]:
+    """The same for K clients by vmap, which cannot look into every module: all tensors [K, ...]."""
+    return torch.vmap(task.traced_gradient)(params, batch)
 
 
 def folded(task: Task, params: Tree, batch: Batch) -> tuple[Tree, Metrics, Tree]:
@@ -231,8 +244,8 @@ def sound(task: Task, agrees: Callable[[Task], bool]) -> bool:
     return any(map(agrees, dict.fromkeys((task.precise(), task))))
 
 
-def _agrees(task: Task, params: Tree, batch: Batch) -> bool:
-    """Whether the fold gives what plain autograd gives, for two clients whose parameters differ."""
+def _agrees(task: Task, way: Way, params: Tree, batch: Batch) -> bool:
+    """Whether a way gives what plain autograd gives, for two clients whose parameters differ."""
     if task.dtype == torch.float64:
         params, batch = doubled(params), doubled(batch)
     pair = {name: each[:2].clone() for name, each in params.items()}
@@ -242,7 +255,7 @@ def _agrees(task: Task, params: Tree, batch: Batch) -> bool:
     # would pass.
     data = {name: torch.cat([each[:2], each[:2]], dim=1) for name, each in batch.items()}
     try:
-        found = folded(task, pair, data)
+        found = way(task, pair, data)
         both = [plain(task, row(pair, k), row(data, k)) for k in range(2)]
     except Exception:  # a user's module may fail in any way on shapes and types it does not expect
         return False

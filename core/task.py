@@ -176,7 +176,8 @@ class Task:
     shared, local_names, frozen: names by role. ``frozen`` tensors are constants of the task.
     trainable: names that gradients move. buffers: floating or counting state that a forward pass moves.
     head: name of the final linear layer that is fed features, where there is one.
-    foldable: whether many clients' gradients can be folded into one pass; ``None`` before it was tried.
+    foldable, mappable: whether many clients' gradients can be folded into one pass, or else computed under
+        ``torch.vmap``; ``None`` before it was tried.
     seed: names the draws of whatever else an algorithm initialises.
     autocast: type in which training passes compute what :class:`torch.autocast` lets them; an engine sets it.
         Weights, gradients, losses and statistics keep ``dtype``.
@@ -219,6 +220,7 @@ class Task:
         self.buffers = tuple(n for n in self.roles if n not in dict(module.named_parameters()))
         self.head = _head(module)
         self.foldable: bool | None = None
+        self.mappable: bool | None = None
         self.autocast: torch.dtype | None = None
         self.frozen: Tree = {
             name: self.initial[name] for name, role in self.roles.items() if role == "frozen"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from hansa.core import trees
 from hansa.core.algorithm import Job
@@ -128,6 +129,14 @@ class Settled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(torch.tanh(self.body(x.flatten(1))))
         return out
+
+
+class Watchful(Scaled):
+    """Looks at its examples, which vmap does not allow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.isfinite().all()
+        return super().forward(x)
 
 
 class OfSinglePrecision(nn.Module):
@@ -294,6 +303,18 @@ def test_folding_is_refused_exactly_where_it_is_wrong(module: nn.Module, folds: 
     jobs = works(f)
     assert_equal(list(trainer(f, seed=0, mode="batched", chunk=16)[0].train(jobs)), f, jobs)
     assert f.task.foldable is folds
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Watchful(), nn.Sequential(nn.Flatten(), spectral_norm(nn.Linear(64, 10)))],
+    ids=["looks at its examples", "spectral norm"],
+)
+def test_a_module_that_vmap_cannot_look_into_is_still_right(module: nn.Module) -> None:
+    f = federation(module, IMAGE, FedProx(mu=0.1))
+    jobs = works(f)
+    assert_equal(list(trainer(f, seed=0, mode="batched", chunk=16)[0].train(jobs)), f, jobs)
+    assert (f.task.foldable, f.task.mappable) == (False, False)
 
 
 @pytest.mark.parametrize("name", [*MODELS, *MIXING])
