@@ -2,14 +2,16 @@
 
 ::
 
-    <state>/private/<run>/<client>.safetensors       what the client keeps to itself; it never leaves
+    <state>/private/<run>/<client>-<number>.safetensors  what the client keeps to itself since that job
     <state>/outbox/<run>/<client>-<number>/          one finished job, made visible in one rename
        ├─ update.safetensors
        ├─ private.safetensors                        what the client will keep if the update counts
        └─ entry.json
 
 A client's private state moves on when the coordinator has counted the update that goes with it, and only
-then: an update that is lost or comes too late leaves no trace, as if the job had never been.
+then: an update that is lost or comes too late leaves no trace, as if the job had never been. Nor does one
+that counted and was thrown away after all, because its round was abandoned: the client's next job says so,
+and what it kept before is still there.
 """
 
 from __future__ import annotations
@@ -79,17 +81,21 @@ class Outbox:
 
     # Private state.
 
-    def private(self, run: str, client: int, fresh: Tree) -> Tree:
+    def private(self, run: str, client: int, fresh: Tree, *, undone: int | None = None) -> Tree:
         """A client's private state, or ``fresh`` before its first job that counted.
+
+        What job number ``undone`` left is forgotten.
 
         Raises
         ------
         RunError
             When it cannot be read: starting it anew would silently spoil the run.
         """
-        path = self._private / _safe(run) / f"{client}.safetensors"
-        if not fresh or not path.is_file():
+        if undone is not None:
+            self._state(run, client, undone).unlink(missing_ok=True)
+        if not fresh or not (kept := self._states(run, client)):
             return fresh
+        path = kept[-1]
         try:
             return unpack_file(path, describe(fresh))
         except (OSError, Malformed) as error:
@@ -137,11 +143,21 @@ class Outbox:
         """The coordinator has answered: the private state moves on if the update counted."""
         folder = self._folder(made)
         if counted and (folder / _PRIVATE).is_file():
-            kept = self._private / made.run
-            kept.mkdir(exist_ok=True)
-            (folder / _PRIVATE).rename(kept / f"{made.client}.safetensors")
-            sync_folder(kept)
+            path = self._state(made.run, made.client, made.number)
+            path.parent.mkdir(exist_ok=True)
+            (folder / _PRIVATE).rename(path)
+            sync_folder(path.parent)
+            for old in self._states(made.run, made.client)[:-2]:  # the last may yet be undone
+                old.unlink()
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _state(self, run: str, client: int, number: int) -> Path:
+        return self._private / _safe(run) / f"{client}-{number}.safetensors"
+
+    def _states(self, run: str, client: int) -> list[Path]:
+        """What a client kept of its last jobs, oldest first."""
+        found = (self._private / _safe(run)).glob(f"{client}-*.safetensors")
+        return sorted(found, key=lambda path: int(path.stem.partition("-")[2]))
 
     def _folder(self, made: Entry) -> Path:
         return self._outbox / _safe(made.run) / f"{made.client}-{made.number}"

@@ -114,7 +114,9 @@ class Workshop:
         with ALONE:
             f = self._federation(job, recipe)
             fresh = f.algorithm.private(f.task)
-        trees = unpack(payload, job.tensors), self._outbox.private(job.run, job.client, fresh)
+        undone = job.undone if job.HasField("undone") else None
+        kept = self._outbox.private(job.run, job.client, fresh, undone=undone)
+        trees = unpack(payload, job.tensors), kept
         tree, private = ({name: each.to(f.task.device) for name, each in part.items()} for part in trees)
         for name, here in f.task.initial.items():
             if name in tree and tree[name].shape != here.shape:

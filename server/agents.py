@@ -84,6 +84,7 @@ class Attendant:
             some=job.keys is not None,
             keys=sorted(job.keys or ()),
             clients=run.federation.clients,
+            undone=run.machine.undone.get(job.client),
         )
         self.out.put_nowait(pb.ToAgent(evaluation=message) if job.phase == PHASE else pb.ToAgent(job=message))
         self._roster.given(self.name, message)

@@ -67,6 +67,7 @@ class Machine:
     alarms: token -> when.
     ended: why the run is over, if it is.
     late: (client, job number) of updates that came too late and were set aside.
+    undone: client -> its last job that counted, where its round was abandoned.
     evaluation: what clients are asked for, if they are.
     """
 
@@ -102,6 +103,7 @@ class Machine:
         self.alarms: dict[int, float] = {}
         self.ended: str | None = None
         self.late: set[tuple[int, int]] = set()
+        self.undone: dict[int, int] = {}
         self._schemas: dict[str, tuple[TensorInfo, ...]] = {}  # phase -> the whole update
         self._packed: dict[tuple[int, ...], tuple[Tree, Packed]] = {}  # payloads of this event, by identity
         self._participants: list[Participation] = []
@@ -192,6 +194,7 @@ class Machine:
                     job.update, job.tree, job.loss = body["digest"], event.tree, body["loss"]
                     job.examples, job.steps = body["examples"], body["steps"]
                     self._failures.pop(client, None)
+                    self.undone.pop(client, None)
                     self._obey(self.hub.receive(client, examples=job.examples, steps=job.steps, now=now))
             case "tick":
                 self.alarms.pop(body["token"], None)
@@ -229,6 +232,8 @@ class Machine:
                             self._drop(each, "discarded")
                             if each.update is None:
                                 self._effects.recalls.append((each, False))
+                            else:
+                                self.undone[client] = each.number
                 case Wake(at, token):
                     self.alarms[token] = at
                 case Fold(reports, phase):
@@ -462,6 +467,7 @@ class Machine:
             "ended": self.ended,
             "participants": [dataclasses.asdict(each) for each in self._participants],
             "late": sorted(self.late),
+            "undone": sorted(self.undone.items()),
             "bytes": [self._up, self._down],
             "failures": sorted(self._failures.items()),
             "ending": self._ending,
@@ -483,6 +489,7 @@ class Machine:
         self._failures = dict(facts["failures"])
         self.late = {(client, number) for client, number in facts["late"]}
         self.own, self._ending = set(facts.get("own", ())), facts.get("ending")
+        self.undone = dict(facts.get("undone", ()))
         payloads = jobs.Payloads(data)
         if (told := facts.get("evaluation")) is not None:
             self.evaluation = evaluation.restored(told, payloads)

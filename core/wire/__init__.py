@@ -10,7 +10,7 @@ from typing import Any
 
 from hansa.core.wire.federation_pb2 import Version
 
-MAJOR, MINOR = 1, 2
+MAJOR, MINOR = 1, 3
 PIECE = 1 << 20
 """Bytes of a piece. Fewer cost more calls; from here on Python joins what comes with its lock given away."""
 INLINE = 32 << 10

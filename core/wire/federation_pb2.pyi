@@ -160,7 +160,7 @@ class TensorInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("lease", "run", "client", "number", "phase", "recipe", "payload", "tensors", "some", "keys", "clients")
+    __slots__ = ("lease", "run", "client", "number", "phase", "recipe", "payload", "tensors", "some", "keys", "clients", "undone")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +172,7 @@ class Job(_message.Message):
     SOME_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    UNDONE_FIELD_NUMBER: _ClassVar[int]
     lease: bytes
     run: str
     client: int
@@ -183,7 +184,8 @@ class Job(_message.Message):
     some: bool
     keys: _containers.RepeatedScalarFieldContainer[str]
     clients: int
-    def __init__(self, lease: _Optional[bytes] = ..., run: _Optional[str] = ..., client: _Optional[int] = ..., number: _Optional[int] = ..., phase: _Optional[str] = ..., recipe: _Optional[_Union[Blob, _Mapping]] = ..., payload: _Optional[_Union[Blob, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., some: _Optional[bool] = ..., keys: _Optional[_Iterable[str]] = ..., clients: _Optional[int] = ...) -> None: ...
+    undone: int
+    def __init__(self, lease: _Optional[bytes] = ..., run: _Optional[str] = ..., client: _Optional[int] = ..., number: _Optional[int] = ..., phase: _Optional[str] = ..., recipe: _Optional[_Union[Blob, _Mapping]] = ..., payload: _Optional[_Union[Blob, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., some: _Optional[bool] = ..., keys: _Optional[_Iterable[str]] = ..., clients: _Optional[int] = ..., undone: _Optional[int] = ...) -> None: ...
 
 class Recall(_message.Message):
     __slots__ = ("lease", "partial")

@@ -51,6 +51,27 @@ def test_private_state_moves_on_only_when_its_update_counts(tmp_path: Path) -> N
     assert outbox.entries() == []
 
 
+def test_what_an_undone_job_left_is_forgotten(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+
+    def settled(number: int) -> None:
+        private = {"b": torch.ones(2), "a": torch.full((1,), float(number))}
+        outbox.settle(finished(outbox, number, private), counted=True)
+
+    settled(0)
+    assert outbox.private("r", 4, FRESH, undone=0) is FRESH
+    settled(9)
+    settled(10)
+    for _ in range(2):  # the word of it may come twice
+        assert outbox.private("r", 4, FRESH, undone=10)["a"] == 9
+    settled(11)
+    assert outbox.private("r", 4, FRESH)["a"] == 11
+    assert outbox.private("r", 4, FRESH, undone=11)["a"] == 9
+    for number in range(12, 20):
+        settled(number)
+    assert len(list((tmp_path / "private" / "r").iterdir())) == 2
+
+
 def test_what_was_finished_outlives_the_process(tmp_path: Path) -> None:
     made = finished(Outbox(tmp_path), 0, FRESH)
     again = Outbox(tmp_path)
@@ -87,7 +108,7 @@ def test_an_upload_ends_with_its_connection(tmp_path: Path) -> None:
 def test_private_state_that_cannot_be_read_stops_the_job(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     outbox.settle(finished(outbox, 0, FRESH), counted=True)
-    path = tmp_path / "private" / "r" / "4.safetensors"
+    path = tmp_path / "private" / "r" / "4-0.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RunError, match="private state cannot be read"):
         outbox.private("r", 4, FRESH)

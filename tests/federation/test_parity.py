@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,13 +12,18 @@ import torch
 from floor import Floor, checked, end, play, small, submit
 from replay import Replay, Return, recorded
 
+from hansa.client.workshop import Workshop
 from hansa.core.algorithm import Algorithm
+from hansa.core.errors import RunError
 from hansa.core.recipe import Recipe, parse
 from hansa.core.schedule import Schedule, Stopping
 from hansa.core.store import Round, RunStore
 from hansa.core.task import LocalSGD, LocalWork
 from hansa.core.trees import Tree
 from hansa.core.weights import Weights
+from hansa.core.wire import federation_pb2 as pb
+from hansa.server.events import Event
+from hansa.server.machine import Machine
 from hansa.simulation.population import Population
 from hansa.simulation.simulator import Simulator
 from hansa.strategies.anarchic import AFACD, AFACS
@@ -232,3 +238,87 @@ def test_a_recall_written_by_hand(quadratic: Callable[..., Federation]) -> None:
     replay = Replay(federation, {0: [Return(2.0, 2)], 1: [Return(2.0, 1)], 2: [Return(2.0, 0)]}, until=2.0)
     assert [float(each["w"]) for each in replay.models] == pytest.approx([(3 / 8 - 1 / 2 + 0) / 4])
     assert [each.steps for each in replay.rounds[0].participants] == [2, 1, 0]
+
+
+def test_a_snapshot_knows_whose_last_update_was_thrown_away() -> None:
+    recipe = small(
+        algorithm={"name": "scaffold"},
+        partition={"kind": "quantity", "clients": 3, "min_size": 5},
+        schedule={"cohort": 3, "minimum": 3},
+    )
+
+    def machine() -> Machine:
+        return Machine(assemble(recipe), lambda *_: {}, lambda _: ({}, None))
+
+    def tell(made: Machine, kind: str, client: int | None = None, **facts: Any) -> None:
+        made.apply(Event(seq=made.seq + 1, at=made.seq + 1.0, kind=kind, client=client, **facts))
+
+    def update(made: Machine, client: int, number: int) -> None:
+        job = made.job(client, number)
+        assert job is not None
+        tree = {each.name: torch.zeros(*each.shape, dtype=torch.float64) for each in job.expected}
+        body = {"digest": "d", "examples": 9, "steps": 1, "loss": 1.0, "agent": "a"}
+        tell(made, "update", client, number=number, body=body, tree=tree)
+
+    first = machine()
+    tell(first, "joined", body={"seats": dict.fromkeys("012", "a")})
+    update(first, 1, 0)
+    update(first, 0, 0)
+    tell(first, "left", 2)
+    assert first.undone == {0: 0, 1: 0}
+    kept: dict[str, bytes] = {}
+    tensors, facts = first.snapshot(lambda packed: kept.update({packed.digest: packed.data}))
+    again = machine()
+    again.restore(first.seq, tensors, json.loads(json.dumps(facts)), kept.__getitem__)
+    assert again.undone == {0: 0, 1: 0}
+    tell(again, "joined", body={"seats": {"2": "a"}})
+    update(again, 0, 1)
+    assert again.undone == {1: 0}
+
+
+class Mishap(Population):
+    """Client 2 loses its first job."""
+
+    def drops_at(self, seed: int, client: int, number: int) -> float | None:
+        return 0.5 if (client, number) == (2, 0) else None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": {"name": "scaffold"}},
+        {"algorithm": {"name": "fedbn"}, "aggregation": {"rule": "krum", "f": 0}},
+        {"algorithm": {"name": "afa_cs"}},
+    ],
+    ids=["scaffold", "fedbn, krum", "afa_cs"],
+)
+def test_an_abandoned_round_leaves_no_trace_with_clients(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch, changes: Mapping[str, Any]
+) -> None:
+    """Two of three updates came and were thrown away: what their clients keep must not have moved on."""
+    recipe = small(
+        partition={"kind": "quantity", "clients": 3, "min_size": 5},
+        schedule={"cohort": 3, "minimum": 3},
+        **changes,
+    )
+    do = Workshop.do
+
+    def fails_once(self: Workshop, job: pb.Job, *rest: Any) -> Any:
+        if (job.client, job.number) == (2, 0):
+            raise RunError("as it happens")
+        return do(self, job, *rest)
+
+    monkeypatch.setattr(Workshop, "do", fails_once)
+
+    async def scene() -> str:
+        async with floor.coordinator() as control, floor.agents(3):
+            run = await submit(control, recipe)
+            rounds, _ = await end(control, run)
+            assert [each.folded for each in rounds] == [0, 3, 3]
+            return run
+
+    found = floor.model(play(scene()))
+    simulator = Simulator(assemble(recipe), Mishap())
+    simulator.run()
+    for key, tensor in simulator.hub.model().items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
