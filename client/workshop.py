@@ -16,7 +16,7 @@ from hansa.client.outbox import Entry, Outbox, entry
 from hansa.client.policy import Policy
 from hansa.client.watch import Watch, require_room
 from hansa.core.algorithm import Job
-from hansa.core.data import FederatedData, Shards
+from hansa.core.data import CsvData, FederatedData, Shards
 from hansa.core.errors import DataError, DivergedError, RunError
 from hansa.core.randomness import ALONE
 from hansa.core.recipe import Recipe, parse
@@ -151,9 +151,12 @@ class Workshop:
             raw["engine"] |= {"device": self._device}
         if self._own is None:
             return assemble(parse(raw))
+        named = {"class_names": recipe.data.class_names}
+        if isinstance(recipe.data, CsvData) and self._own.get("source") == "csv":
+            named["feature_names"] = recipe.data.feature_names
         # One client alone: whatever needs many of them is the coordinator's part.
         raw |= {
-            "data": {**self._own, "class_names": recipe.data.class_names},
+            "data": {**self._own, **named},
             "partition": {"kind": "iid", "clients": 1},
             "schedule": {"name": "rounds", "cohort": 1},
             "aggregation": {"rule": "mean"},

@@ -129,8 +129,13 @@ class Office:
             raise InputError(
                 "wait_for", wait_for, f"there are {federation.clients} clients", "use that many or fewer"
             )
-        # A site may lack a class: it is told how they are numbered.
-        named = recipe.data.model_copy(update={"class_names": federation.data.train.classes})
+        # A site may lack a class or a category, or have its columns in another order: it is told them all.
+        train = federation.data.train
+        names = {
+            "class_names": train.classes,
+            **({"feature_names": train.features} if train.features else {}),
+        }
+        named = recipe.data.model_copy(update=names)
         recipe = recipe.model_copy(update={"data": named})
         federation = dataclasses.replace(federation, recipe=recipe)
         row = RunRow(

@@ -285,6 +285,29 @@ def test_classes_are_numbered_as_named_whether_they_occur_or_not(tmp_path: Path)
     assert train.y.tolist() == [1, 2, 1, 2, 1]
 
 
+def test_csv_features_stand_as_named_whether_they_occur_or_not(tmp_path: Path) -> None:
+    names = ("kind=2", "b", "kind=1.0", "a", "kind=3")
+    path = csv_file(tmp_path, "a,kind,b,y\n1,1,0,no\n3,3,2,yes\n1,,0,no\n3,1,2,yes\n")
+    config = CsvData(
+        path=path, test_path=path, target="y", categorical=("kind",), missing="mean", feature_names=names
+    )
+    train, test = load(config, 0)
+    assert train.features == test.features == names
+    expected = np.array([[0, -1, 1, -1, 0], [0, 1, 0, 1, 1], [0, -1, 2 / 3, -1, 1 / 3], [0, 1, 1, 1, 0]])
+    npt.assert_allclose(train.x, expected, atol=1e-7)
+    npt.assert_allclose(test.x, expected, atol=1e-7)
+    found, _ = load(config.model_copy(update={"feature_names": None}), 0)
+    assert found.features == ("a", "b", "kind=1", "kind=3")
+    for wrong, problem in (
+        (("a", "b", "kind=1"), "'3': 'table' line 3, column 'kind' is none of 1;"),
+        (("b", "kind=1", "kind=3"), "'a': this feature is not among them"),
+        ((*names, "c"), "'c': this data has no such feature"),
+        (("a", "b"), "'kind=1': this feature is not among them"),
+    ):
+        with pytest.raises(DataError, match=rf"data\.feature_names = {problem}"):
+            load(config.model_copy(update={"feature_names": wrong}), 0)
+
+
 def test_csv_of_several_files_are_groups(tmp_path: Path) -> None:
     first = csv_file(tmp_path, "1;2;0\n3;4;1.0\n" * 5, "ulm.csv")
     second = csv_file(tmp_path, "5;6;0.0\n\n7;8;10\n" * 5, "bonn.csv")

@@ -94,6 +94,11 @@ class CsvData(_Source):
     )
     delimiter: str = Field(default=",", pattern=r'^[^\r\n"]$', description="Character between two fields.")
     has_header: bool = Field(default=True, description="Whether the first line names the columns.")
+    feature_names: tuple[str, ...] | None = Field(
+        default=None,
+        description="Features in their order, COLUMN=VALUE for each value of a categorical column, present "
+        "or not; by default those that occur.",
+    )
 
 
 class ImagesData(_Source):

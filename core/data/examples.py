@@ -31,6 +31,8 @@ class Examples:
         Names of the class values; for text the vocabulary; None for regression.
     groups:
         Names of the group values.
+    features:
+        Names of the features x ``[N, d]``, where the source has some.
 
     Raises
     ------
@@ -43,6 +45,7 @@ class Examples:
     group: Tensor | None = None
     classes: tuple[str, ...] | None
     groups: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):

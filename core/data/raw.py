@@ -80,6 +80,15 @@ def coded(parts: Sequence[Array]) -> tuple[list[npt.NDArray[np.int64]], tuple[st
     return np.split(codes.astype(np.int64), ends[:-1]), tuple(names)
 
 
+def places(values: Array, names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Where each value stands among ``names``, as :func:`coded` tells them apart; -1 where it does not."""
+    (known, found), _ = coded([np.array(names), values])
+    at = np.full(max(known.max(), found.max(initial=-1)) + 1, -1)
+    at[known] = np.arange(len(names))
+    made: npt.NDArray[np.int64] = at[found]
+    return made
+
+
 def numbered(examples: Examples, names: Sequence[str]) -> Examples:
     """The examples with their classes numbered as ``names`` has them.
 
@@ -90,10 +99,7 @@ def numbered(examples: Examples, names: Sequence[str]) -> Examples:
     """
     if examples.classes is None:
         raise DataError("data.class_names", list(names), "the targets are numbers", "leave it out")
-    (known, found), _ = coded([np.array(names), np.array(examples.classes)])
-    places = np.full(max(known.max(), found.max()) + 1, -1)
-    places[known] = np.arange(len(names))
-    numbers = places[found]
+    numbers = places(np.array(examples.classes), names)
     if (numbers < 0).any():
         raise DataError(
             "data.class_names",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hansa.core.data.config import Column, CsvData
 from hansa.core.data.examples import Examples
-from hansa.core.data.raw import Array, Loaded, Raw, coded, encode, resolve
+from hansa.core.data.raw import Array, Loaded, Raw, coded, encode, places, resolve
 from hansa.core.errors import DataError
 
 _MISSING = ("", "?", "nan")
@@ -144,14 +144,41 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _one_hot(table: _Table, column: int) -> Numbers:
-    """``[rows, values]``: 1 in the column of the row's value, NaN all along where it is missing."""
-    cells = table.cells[:, column]
-    absent = _absent(cells)
-    (codes,), values = coded([cells[~absent]])
+def _one_hot(table: _Table, column: int, features: Sequence[str] | None) -> tuple[Numbers, list[str]]:
+    """``[rows, values]``: 1 in the column of the row's value, NaN all along where it is missing; their names.
+
+    The values are those that ``features`` names, or those that occur.
+    """
+    cells, prefix = table.cells[:, column], f"{table.names[column]}="
+    given = np.flatnonzero(~_absent(cells))
+    values: Sequence[str] = [
+        each.removeprefix(prefix) for each in features or () if each.startswith(prefix)
+    ] or coded([cells[given]])[1]
     made = np.full((len(cells), len(values)), np.nan)
-    made[~absent] = np.eye(len(values))[codes]
-    return made
+    if len(given):
+        codes = places(cells[given], values)
+        if len(unknown := given[codes < 0]):
+            raise DataError(
+                "data.feature_names",
+                cells[unknown[0]],
+                f"{_where(table, int(unknown[0]), column)} is none of {', '.join(values)}",
+                "correct the value, or name it there too",
+            )
+        made[given] = np.eye(len(values))[codes]
+    return made, [prefix + value for value in values]
+
+
+def _order(features: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Where each wanted feature stands."""
+    for name in sorted(set(wanted).symmetric_difference(features)):
+        problem, remedy = (
+            ("this data has no such feature", "name the columns as there, header and data.categorical alike")
+            if name in wanted
+            else ("this feature is not among them", "name its column in data.ignore")
+        )
+        raise DataError("data.feature_names", name, problem, remedy)
+    at = {name: place for place, name in enumerate(features)}
+    return [at[name] for name in wanted]
 
 
 def _known(table: _Table, column: int, field: str) -> Text:
@@ -194,10 +221,18 @@ def read(config: CsvData) -> Loaded:
     ]
     remedy = "name the column in data.categorical or data.ignore"
     blocks = [_numbers(table, column, "data.path", remedy)[:, None] for column in numeric]
-    blocks += [_one_hot(table, column) for column in categorical]
+    features = [table.names[column] for column in numeric]
+    for column in categorical:
+        block, names = _one_hot(table, column, config.feature_names)
+        blocks.append(block)
+        features += names
     if not blocks:
         raise DataError("data.path", config.path, "no column is left to learn from", "ignore fewer columns")
     x = np.concatenate(blocks, axis=1)
+    order = list(range(len(features)))
+    if config.feature_names is not None:
+        order = _order(features, config.feature_names)
+        x = x[:, order]
     if config.missing == "error" and np.isnan(x).any():
         raise _missing_error(table, [*numeric, *categorical], config)
 
@@ -216,7 +251,12 @@ def read(config: CsvData) -> Loaded:
     test_rows = held_out if len(held_out.x) else None
     # Double precision until the features are standardised: a date in seconds would not survive single.
     loaded = encode(train, test_rows, regression=config.task == "regression", dtype=np.float64)
-    return replace(loaded, numeric=torch.arange(x.shape[1]) < len(numeric))
+    named = tuple(features[at] for at in order)
+    return Loaded(
+        train=replace(loaded.train, features=named),
+        test=None if loaded.test is None else replace(loaded.test, features=named),
+        numeric=torch.tensor(order) < len(numeric),
+    )
 
 
 def _missing_error(table: _Table, columns: list[int], config: CsvData) -> DataError:

@@ -302,6 +302,51 @@ def test_data_that_is_not_the_federations_is_refused(floor: Floor, table: str, p
     assert problem in play(scene())
 
 
+def test_features_of_a_site_are_the_coordinators_in_whatever_order_it_has_them(floor: Floor) -> None:
+    """A site has its columns in another order, and lacks one of the values of a category."""
+    floor.sources = (str(floor.folder),)
+    rows = [(at % 7, "abc"[at % 3], at % 2) for at in range(60)]
+    tables = {
+        "all": "age,kind,y\n" + "".join(f"{age},{kind},{y}\n" for age, kind, y in rows if kind != "a"),
+        "turned": "y,kind,age\n" + "".join(f"{y},{kind},{age}\n" for age, kind, y in rows if kind != "a"),
+        "hub": "age,kind,y\n" + "".join(f"{age},{kind},{y}\n" for age, kind, y in rows),
+    }
+    for name, text in tables.items():
+        (floor.folder / f"{name}.csv").write_text(text)
+    data = {
+        each: {
+            "source": "csv",
+            "path": str(floor.folder / f"{each}.csv"),
+            "target": "y",
+            "categorical": ["kind"],
+        }
+        for each in tables
+    }
+    recipe = small(
+        data=data["hub"],
+        model={"name": "logistic"},
+        partition={"kind": "iid", "clients": 1},
+        schedule={"cohort": 1},
+    )
+
+    async def scene(own: Mapping[str, Any]) -> str:
+        async with floor.coordinator() as control:
+            site = asyncio.create_task(floor.agent("site", clients=(0,), data=own).run())
+            run = await submit(control, recipe)
+            _, status = await end(control, run)
+            site.cancel()
+            await asyncio.gather(site, return_exceptions=True)
+            assert status.status == "finished", status.reason
+            return run
+
+    same, turned = (floor.model(play(scene(data[name]))) for name in ("all", "turned"))
+    assert all(torch.equal(same[name], turned[name]) for name in same)
+    # kind=a, of which the site has none, is not learnt.
+    weights = assemble(recipe).task.initial["linear.weight"]
+    assert torch.equal(same["linear.weight"][:, 1], weights[:, 1])
+    assert not torch.equal(same["linear.weight"][:, 2], weights[:, 2])
+
+
 def test_passes_in_bf16_leave_weights_and_updates_in_float32(floor: Floor) -> None:
     recipe = small(engine={"dtype": "float32", "mode": "sequential"}, train={"epochs": 8}, stop={"rounds": 4})
 
