@@ -74,7 +74,7 @@ def _data(config: Config) -> str | None:
     if config.data is None:
         return None
     try:
-        train, _ = load(parse({"data": dict(config.data)}).data, 0)
+        train, _ = load(parse({"data": dict(config.data)}).data, 0, alone=False)
     except HansaError as error:
         return str(error)
     return None if len(train) else "there are no examples; correct [data]"

@@ -350,7 +350,7 @@ def _check(recipe: Recipe, algorithm: Algorithm, schedule: Schedule, topology: T
 
 def _check_target(target: float | None, task: Task) -> None:
     """A target that no run could reach is a misunderstanding."""
-    if target is not None and task.classes and not 0 < target <= 1:
+    if target is not None and task.classes and not 0 <= target <= 1:
         raise InputError("stop.target", target, "accuracy is a share of 1", "write 0.9 for 90 %")
     if target is not None and not task.classes and not target <= 0:
         raise InputError("stop.target", target, "it is minus the loss", "write -0.1 for a loss of 0.1")

@@ -163,17 +163,17 @@ def require_finite(examples: Examples, field: str) -> None:
                 )
 
 
-def require_learnable(examples: Examples, field: str) -> None:
-    """Refuse a set from which nothing can be learnt.
+def require_learnable(examples: Examples, field: str, *, alone: bool) -> None:
+    """Refuse a set from which nothing can be learnt; ``alone``: nobody else has other classes.
 
     Raises
     ------
     DataError
-        If it is empty, or a classification of fewer than two classes.
+        If it is empty, or, alone, a classification of fewer than two classes.
     """
     if len(examples) == 0:
         raise DataError(field, 0, "there are no examples", "choose data that has some")
-    if examples.task == "classification" and int(examples.y.min()) == int(examples.y.max()):
+    if alone and examples.task == "classification" and int(examples.y.min()) == int(examples.y.max()):
         assert examples.classes is not None
         raise DataError(
             field,

@@ -29,17 +29,17 @@ from hansa.core.errors import DataError
 from hansa.core.randomness import generator
 
 
-def load(config: DataConfig, seed: int) -> tuple[Examples, Examples]:
+def load(config: DataConfig, seed: int, *, alone: bool = True) -> tuple[Examples, Examples]:
     """Train examples, and test examples that no client trains on.
 
     Where the source has no test set, ``test_fraction`` of the examples is held out, of each class of each
     group alike (the only example of one stays in the train set). The seed chooses them, the examples
-    that ``limit`` keeps, and what synthetic sources make up.
+    that ``limit`` keeps, and what synthetic sources make up. ``alone``: nobody else has other classes.
 
     Raises
     ------
     DataError
-        If data is missing, damaged, not finite, empty, or of a single class.
+        If data is missing, damaged, not finite, empty, or alone and of a single class where none are named.
     InputError
         If the source needs a package that is not installed.
     """
@@ -68,7 +68,7 @@ def load(config: DataConfig, seed: int) -> tuple[Examples, Examples]:
         train, test = tables.standardise(train, test, loaded.numeric)
         require_finite(train, "data")
         require_finite(test, "data")
-    require_learnable(train, "data")
+    require_learnable(train, "data", alone=alone and config.class_names is None)
     if len(test) == 0:
         raise DataError("data", 0, "there are no test examples", "give more examples, or another test set")
     return train, test

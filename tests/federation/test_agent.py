@@ -347,6 +347,44 @@ def test_features_of_a_site_are_the_coordinators_in_whatever_order_it_has_them(f
     assert not torch.equal(same["linear.weight"][:, 2], weights[:, 2])
 
 
+def test_sites_whose_tables_lack_values_make_the_model_of_all(floor: Floor) -> None:
+    """Two sites, one without the class "no", each without a value of a column that the other has."""
+    rows = {"north": ["a,x,yes", "b,x,yes", "a,x,yes"], "south": ["c,y,no", "b,x,yes", "c,y,no", "b,y,yes"]}
+    floor.sources = (str(floor.folder),)
+    tables = {site: "".join(f"{each},{site}\n" for each in own) for site, own in rows.items()}
+    data = {"source": "csv", "target": "sick", "group": "site", "categorical": ["kind", "sex"]}
+
+    def table(name: str, body: str) -> dict[str, Any]:
+        path = floor.folder / f"{name}.csv"
+        path.write_text("kind,sex,sick,site\n" + body)
+        return {**data, "path": str(path), "test_path": str(path)}
+
+    recipe = small(
+        data=table("all", "".join(tables.values())),
+        partition={"kind": "natural"},
+        schedule={"cohort": 2},
+        model={"name": "mlp", "hidden": [6]},
+    )
+
+    async def scene() -> str:
+        async with floor.coordinator() as control:
+            owns = [table(site, body) for site, body in tables.items()]
+            agents = [floor.agent(f"site-{i}", clients=(i,), data=own) for i, own in enumerate(owns)]
+            tasks = [asyncio.create_task(each.run()) for each in agents]
+            run = await submit(control, recipe)
+            await end(control, run)
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            return run
+
+    run = play(scene())
+    simulator = Simulator(assemble(recipe))
+    simulator.run()
+    for name, tensor in simulator.hub.model().items():
+        torch.testing.assert_close(floor.model(run)[name], tensor, rtol=1e-9, atol=1e-9)
+
+
 def test_passes_in_bf16_leave_weights_and_updates_in_float32(floor: Floor) -> None:
     recipe = small(engine={"dtype": "float32", "mode": "sequential"}, train={"epochs": 8}, stop={"rounds": 4})
 
