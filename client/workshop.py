@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 import tomllib
@@ -16,7 +15,7 @@ from hansa.client.outbox import Entry, Outbox, entry
 from hansa.client.policy import Policy
 from hansa.client.watch import Watch, require_room
 from hansa.core.algorithm import Job
-from hansa.core.data import CsvData, FederatedData, Shards
+from hansa.core.data import CsvData, FederatedData, Shards, load
 from hansa.core.errors import DataError, DivergedError, RunError
 from hansa.core.randomness import ALONE
 from hansa.core.recipe import Recipe, parse
@@ -154,24 +153,15 @@ class Workshop:
         named = {"class_names": recipe.data.class_names}
         if isinstance(recipe.data, CsvData) and self._own.get("source") == "csv":
             named["feature_names"] = recipe.data.feature_names
-        # One client alone: whatever needs many of them is the coordinator's part.
-        raw |= {
-            "data": {**self._own, **named},
-            "partition": {"kind": "iid", "clients": 1},
-            "schedule": {"name": "rounds", "cohort": 1},
-            "aggregation": {"rule": "mean"},
-        }
-        alone = assemble(parse(raw))
-        data = alone.data
-        return dataclasses.replace(
-            alone,
-            data=FederatedData(
-                train=data.train,
-                test=data.test,
-                train_shards=_all_of(client, clients, len(data.train)),
-                test_shards=_all_of(client, clients, len(data.test)),
-            ),
+        own = parse(raw | {"data": {**self._own, **named}})
+        train, test = load(own.data, own.seed)
+        held = FederatedData(
+            train=train,
+            test=test,
+            train_shards=_all_of(client, clients, len(train)),
+            test_shards=_all_of(client, clients, len(test)),
         )
+        return assemble(own, held)
 
 
 def _all_of(client: int, clients: int, examples: int) -> Shards:

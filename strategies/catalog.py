@@ -171,8 +171,10 @@ def parts(recipe: Recipe) -> Parts:
     return Parts(algorithm=algorithm, schedule=schedule, topology=topology)
 
 
-def assemble(recipe: Recipe) -> Federation:
+def assemble(recipe: Recipe, held: FederatedData | None = None) -> Federation:
     """Load the data, divide it, make the model, and check the whole.
+
+    ``held`` is what a site holds, instead of the recipe's data: of all clients, some have nothing there.
 
     Raises
     ------
@@ -182,8 +184,10 @@ def assemble(recipe: Recipe) -> Federation:
     made = parts(recipe)
     device = _device(recipe.engine.device)
     dtype = getattr(torch, recipe.engine.dtype)
-    train, test = core_data.load(recipe.data, recipe.seed)
-    data = _placed(core_data.partition(recipe.partition, train, test, recipe.seed), dtype, device)
+    if held is None:
+        train, test = core_data.load(recipe.data, recipe.seed)
+        held = core_data.partition(recipe.partition, train, test, recipe.seed)
+    data = _placed(held, dtype, device)
     rules = (
         *(Rule(select, "shared") for select in recipe.parameters.shared),
         *(Rule(select, "local") for select in recipe.parameters.local),
@@ -225,12 +229,11 @@ def assemble(recipe: Recipe) -> Federation:
         raise InputError(
             "train.batch_size", t.batch_size, "BatchNorm cannot normalise a batch of one", "use 2 or more"
         )
-    least = int(data.train_shards.sizes.min())
-    if least < 2 and task.mixes_examples():
-        poor = int(data.train_shards.sizes.argmin())
+    poor = torch.nonzero(data.train_shards.sizes == 1).flatten().tolist()
+    if poor and task.mixes_examples():
         raise DataError(
             "partition",
-            f"client {poor} with {least} example",
+            f"client {poor[0]} with 1 example",
             "BatchNorm cannot normalise a batch of one",
             "use fewer clients or a model without BatchNorm",
         )

@@ -251,10 +251,14 @@ def test_a_recipe_that_no_owner_allows_is_refused_and_the_run_says_so(floor: Flo
     play(scene())
 
 
-def test_agents_with_data_of_their_own(floor: Floor) -> None:
+@pytest.mark.parametrize("weights", [{}, {"frequency": "known", "seconds": [1.0, 1.0]}], ids=["", "known"])
+def test_agents_with_data_of_their_own(floor: Floor, weights: Mapping[str, Any]) -> None:
     """Each holds all of a small set; the coordinator's recipe has none of it."""
     recipe = small(
-        model={"name": "mlp", "hidden": [6]}, partition={"kind": "iid", "clients": 2}, schedule={"cohort": 2}
+        model={"name": "mlp", "hidden": [6]},
+        partition={"kind": "iid", "clients": 2},
+        schedule={"cohort": 2},
+        weights=weights,
     )
     own = {"source": "digits", "limit": 60}
 
