@@ -129,7 +129,7 @@ class Simulator:
         self._absent: set[int] = set()  # away by availability
         self._reason: str | None = None
         self._lost_in_a_row = 0
-        self._asked_to_stop = self._stopping = False
+        self._opened = self._asked_to_stop = self._stopping = False
         self._started, self._wall_before = time.monotonic(), 0.0
         self._saved = 0  # version of the last checkpoint
         self._metrics: dict[str, float] = {}  # of the last evaluated round
@@ -173,7 +173,7 @@ class Simulator:
         )
 
     def _drive(self) -> str:
-        if not self._alarms:
+        if not self._opened:
             self._open_doors()
         alarms, alone, patience = (
             self._alarms,
@@ -222,7 +222,7 @@ class Simulator:
         return self._bank[client]
 
     def _open_doors(self) -> None:
-        clients = self._f.clients
+        self._opened, clients = True, self._f.clients
         if not self._population.always_there:
             present, moments, comes = self._population.first_changes(self._seed, clients)
             self._absent = set(np.flatnonzero(~present).tolist())
@@ -532,6 +532,7 @@ class Simulator:
             "now": self._now,
             "alarms": sorted(self._alarms),
             "checks": [self._f.task.foldable, getattr(self._trainer, "sound", None)],
+            "mappable": self._f.task.mappable,
             "tier": self._trainer.tier if isinstance(self._trainer, Measured) else None,
             "resting": sorted(self._resting),
             "absent": sorted(self._absent),
@@ -560,12 +561,13 @@ class Simulator:
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.hub.restore(take_under("hub", tensors), facts["hub"])
         self._bank.restore(take_under("private", tensors), facts["private"], bank)
-        self._now = facts["now"]
+        self._opened, self._now = True, facts["now"]
         self._alarms = [
             (at, kind, order, subject, number) for at, kind, order, subject, number in facts["alarms"]
         ]
         self._alarm_order = itertools.count(1 + max((order for _, _, order, *_ in self._alarms), default=-1))
         self._f.task.foldable, sound = facts["checks"]
+        self._f.task.mappable = facts.get("mappable")
         if isinstance(self._trainer, FusedTrainer | Measured):
             self._trainer.sound = sound
         if isinstance(self._trainer, Measured) and facts["tier"] is not None:

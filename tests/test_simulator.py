@@ -323,6 +323,26 @@ def test_a_run_whose_clients_are_gone_for_good_says_so(schedule: Schedule, quadr
         play(quadratic(FedAvg(), [1, 1], [[1], [1]], schedule=schedule), population)
 
 
+def test_clients_that_are_gone_for_good_stay_away_from_a_run_that_is_resumed(
+    quadratic: Build, tmp_path: Path
+) -> None:
+    population = Trace(losses={(client, 0): 0.5 for client in range(2)}, recovery=math.inf)
+    federation = quadratic(FedAvg(), [1, 1], [[1], [1]], schedule=Rounds(cohort=2, minimum=2))
+
+    class Watched(Simulator):
+        def _depart(self, client: int) -> None:
+            super()._depart(client)
+            if not self._open:
+                self.stop()
+
+    with pytest.raises(Interrupted):
+        Watched(federation, population, checkpoints=tmp_path).run()
+    again = Simulator(federation, population, checkpoints=tmp_path)
+    again.resume()
+    with pytest.raises(InputError, match="no client is at work and none will come"):
+        again.run()
+
+
 def test_nobody_there_at_the_start_is_no_starvation(quadratic: Build) -> None:
     population = Trace(availability=0.5, visits={0: ((0.0, False), (7.0, True))})
     ending, _ = play(quadratic(FedAvg(), [1], [[1]]), population)
