@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CustomModel(_Section):
@@ -392,6 +392,8 @@ def explain(
         case "value_error":
             value = None if isinstance(value, dict) else value
             problem = str(context["error"])
+        case "finite_number":
+            problem = "it must be finite"
         case _:
             problem = f"it must be {_wanted(place.annotation)}"
     return InputError(field, value, problem, remedy)

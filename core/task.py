@@ -195,6 +195,14 @@ class Task:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        for name, layer in module.named_modules():
+            if getattr(layer, "max_norm", None) is not None:
+                raise InputError(
+                    "model",
+                    name,
+                    "a lookup with max_norm rewrites the weights, which clients share until they train",
+                    "leave max_norm out, and bound the norm in the forward pass",
+                )
         module = copy.deepcopy(module).to(dtype=dtype, device=device)
         self.objective = objective
         self.local = local or LocalSGD()

@@ -65,7 +65,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"algorithm": {"name": "selective", "budget": [1, "x"]}}, "algorithm.budget", "a list of whole numbers"),
     # values
     ({"train": {"lr": 0}}, "train.lr", "it must be more than 0"),
-    ({"train": {"lr": float("nan")}}, "train.lr", "it must be more than 0"),
+    ({"train": {"lr": float("nan")}}, "train.lr", "it must be finite"),
     ({"train": {"momentum": 1}}, "train.momentum", "it must be less than 1"),
     ({"stop": {"rounds": 0}}, "stop.rounds", "it must be at least 1"),
     ({"train": {"epochs": [3, 1]}}, "train.epochs", "a pair [low, high]"),
@@ -78,6 +78,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"schedule": {"cohort": 0}}, "schedule.cohort", "set it to 1 or more"),
     # combinations
     ({"aggregation": {"rule": "krum", "f": 4}}, "aggregation.f", "needs 11 updates"),
+    ({"partition": {"kind": "dirichlet", "alpha": float("inf")}}, "partition.alpha", "it must be finite"),
+    ({"engine": {"bank_memory": float("nan")}}, "engine.bank_memory", "it must be finite"),
     ({"topology": {"kind": "ring"}, "algorithm": {"name": "scaffold"}}, "topology.kind", "needs a server"),
     ({"algorithm": {"name": "dfedsam"}}, "topology.kind", "DFedSAM has no server"),
 ]  # fmt: skip

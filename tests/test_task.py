@@ -298,6 +298,12 @@ def test_parameters_that_need_no_gradient_are_shared_and_not_trained() -> None:
     assert "head.bias" not in task.trainable
 
 
+def test_an_embedding_that_rewrites_itself_is_refused() -> None:
+    module = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(InputError, match=r"model = '0': a lookup with max_norm.*leave max_norm out"):
+        Task(module)
+
+
 def test_a_task_with_nothing_to_train_is_refused() -> None:
     with pytest.raises(InputError, match=r"parameters\.frozen.*freeze less"):
         Task(mlp(), partition=rules(("*", "frozen")))

@@ -12,7 +12,7 @@ Transform = Literal["identity", "invert", "rotate", "blur", "noise", "contrast",
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class _Source(_Config):

@@ -16,7 +16,7 @@ from hansa.core.errors import InputError
 class ModelSpec(BaseModel, ABC):
     """Configuration of one model; it knows how to lay out its own module."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @abstractmethod
     def assemble(self, sample: Tensor, outputs: int) -> nn.Module:
