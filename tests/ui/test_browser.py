@@ -228,7 +228,7 @@ def test_a_coordinator_is_watched_while_it_goes_away_and_comes_back(
             moves(page)
             leader = local.processes(local.FOLDER)[0]
             os.kill(leader, signal.SIGKILL)
-            expect(page.get_by_text("no coordinator answers").first).to_be_visible()
+            expect(page.get_by_text("no connection").first).to_be_visible()
             with (tmp_path / "again.log").open("wb") as log:
                 config = local.FOLDER / "coordinator" / "coordinator.toml"
                 back = subprocess.Popen(
@@ -246,7 +246,7 @@ def test_a_coordinator_is_watched_while_it_goes_away_and_comes_back(
                     stdout=log,
                     stderr=log,
                 )
-            expect(page.get_by_text("no coordinator answers")).to_have_count(0)
+            expect(page.get_by_text("no connection")).to_have_count(0)
             moves(page)
             page.goto(f"{site}/clients")
             expect(page.get_by_text("2 of 2")).to_be_visible()
