@@ -281,7 +281,8 @@ class Run:
         for event in events:
             await self._apply_one(event)
         left = {each.client for each in events if each.kind == "left"}
-        self._join([each for each in self.workers if each in left])  # came back while that was on its way
+        back = [each for each in self.workers if each in left and each not in self.machine.there]
+        self._join(back)  # while that was on its way
 
     async def _apply_one(self, event: Event) -> None:
         verdict: Verdict = "counted"

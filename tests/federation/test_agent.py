@@ -23,7 +23,9 @@ from hansa.client.outbox import Outbox, entry
 from hansa.client.policy import Policy, Refused
 from hansa.client.session import Later, Link
 from hansa.core.errors import InputError, RunError
+from hansa.core.recipe import Recipe
 from hansa.core.trees import Tree
+from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.tensors import pack
 from hansa.simulation.simulator import Simulator
 from hansa.strategies.catalog import assemble
@@ -251,6 +253,23 @@ def test_a_recipe_that_no_owner_allows_is_refused_and_the_run_says_so(floor: Flo
     play(scene())
 
 
+def of_sites(floor: Floor, recipe: Recipe, *owns: Mapping[str, Any]) -> pb.RunStatus:
+    """How a run ends whose clients' agents hold data of their own."""
+
+    async def scene() -> pb.RunStatus:
+        async with floor.coordinator() as control:
+            agents = [floor.agent(f"site-{i}", clients=(i,), data=own) for i, own in enumerate(owns)]
+            tasks = [asyncio.create_task(each.run()) for each in agents]
+            _, status = await end(control, await submit(control, recipe))
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            return status
+
+    status: pb.RunStatus = play(scene())
+    return status
+
+
 @pytest.mark.parametrize("weights", [{}, {"frequency": "known", "seconds": [1.0, 1.0]}], ids=["", "known"])
 def test_agents_with_data_of_their_own(floor: Floor, weights: Mapping[str, Any]) -> None:
     """Each holds all of a small set; the coordinator's recipe has none of it."""
@@ -262,18 +281,7 @@ def test_agents_with_data_of_their_own(floor: Floor, weights: Mapping[str, Any])
     )
     own = {"source": "digits", "limit": 60}
 
-    async def scene() -> str:
-        async with floor.coordinator() as control:
-            agents = [floor.agent(f"site-{i}", clients=(i,), data=own) for i in range(2)]
-            tasks = [asyncio.create_task(each.run()) for each in agents]
-            run = await submit(control, recipe)
-            await end(control, run)
-            for each in tasks:
-                each.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            return run
-
-    run = play(scene())
+    run = of_sites(floor, recipe, own, own).id
     assert checked(floor, run).updates == 6
     simulator = Simulator(assemble(recipe))
     simulator.run()
@@ -295,15 +303,7 @@ def test_data_that_is_not_the_federations_is_refused(floor: Floor, table: str, p
     (floor.folder / "site.csv").write_text(table)
     own = {"source": "csv", "path": str(floor.folder / "site.csv"), "target": "y"}
 
-    async def scene() -> str:
-        async with floor.coordinator() as control:
-            site = asyncio.create_task(floor.agent("site", clients=(0,), data=own).run())
-            _, status = await end(control, await submit(control, recipe))
-            site.cancel()
-            await asyncio.gather(site, return_exceptions=True)
-            return status.reason
-
-    assert problem in play(scene())
+    assert problem in of_sites(floor, recipe, own).reason
 
 
 def test_features_of_a_site_are_the_coordinators_in_whatever_order_it_has_them(floor: Floor) -> None:
@@ -333,17 +333,9 @@ def test_features_of_a_site_are_the_coordinators_in_whatever_order_it_has_them(f
         schedule={"cohort": 1},
     )
 
-    async def scene(own: Mapping[str, Any]) -> str:
-        async with floor.coordinator() as control:
-            site = asyncio.create_task(floor.agent("site", clients=(0,), data=own).run())
-            run = await submit(control, recipe)
-            _, status = await end(control, run)
-            site.cancel()
-            await asyncio.gather(site, return_exceptions=True)
-            assert status.status == "finished", status.reason
-            return run
-
-    same, turned = (floor.model(play(scene(data[name]))) for name in ("all", "turned"))
+    ended = [of_sites(floor, recipe, data[name]) for name in ("all", "turned")]
+    assert [each.status for each in ended] == ["finished", "finished"]
+    same, turned = (floor.model(each.id) for each in ended)
     assert all(torch.equal(same[name], turned[name]) for name in same)
     # kind=a, of which the site has none, is not learnt.
     weights = assemble(recipe).task.initial["linear.weight"]
@@ -370,19 +362,7 @@ def test_sites_whose_tables_lack_values_make_the_model_of_all(floor: Floor) -> N
         model={"name": "mlp", "hidden": [6]},
     )
 
-    async def scene() -> str:
-        async with floor.coordinator() as control:
-            owns = [table(site, body) for site, body in tables.items()]
-            agents = [floor.agent(f"site-{i}", clients=(i,), data=own) for i, own in enumerate(owns)]
-            tasks = [asyncio.create_task(each.run()) for each in agents]
-            run = await submit(control, recipe)
-            await end(control, run)
-            for each in tasks:
-                each.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            return run
-
-    run = play(scene())
+    run = of_sites(floor, recipe, *(table(site, body) for site, body in tables.items())).id
     simulator = Simulator(assemble(recipe))
     simulator.run()
     for name, tensor in simulator.hub.model().items():
