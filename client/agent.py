@@ -41,6 +41,7 @@ from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire import stranger, version
 
 T = TypeVar("T")
+_NAP = 60.0  # seconds between two looks at the clock in quiet hours
 _LOOK = 600.0  # seconds between two looks at the certificate
 _BLOBS = 8  # recipes and models kept in memory
 _WELCOME = 10.0  # seconds until a coordinator has greeted
@@ -211,10 +212,12 @@ class Agent:
             self._bench.shutdown()
 
     async def _quiet_hours(self) -> None:
-        seconds = self._config.policy.quiet(datetime.datetime.now())
-        if seconds:
-            self._log.info("quiet hours", seconds=round(seconds))
-            await asyncio.sleep(seconds)
+        told = False
+        while seconds := self._config.policy.quiet(datetime.datetime.now()):
+            if not told:
+                self._log.info("quiet hours", seconds=round(seconds))
+            told = True
+            await asyncio.sleep(min(seconds, _NAP))  # the clock may be set, the machine sleep
 
     async def _attend(self) -> None:
         async with Link(self._config.coordinator, self._config.identity, self._config.name) as link:
@@ -331,14 +334,14 @@ class Agent:
                     task.entry = await self._train(task)
                 entry = task.entry
                 counted = await self._insist(lambda link: link.upload(self._outbox, entry))
-                self._outbox.settle(entry, counted=counted)
+                await self._settle(entry, counted=counted)
                 log.info("settled", counted=counted, steps=entry.steps, loss=entry.loss)
         except asyncio.CancelledError:
             raise
         except Gone as error:
             log.warning("the coordinator refused an update", reason=str(error))
             if task.entry is not None:
-                self._outbox.settle(task.entry, counted=False)
+                await self._settle(task.entry, counted=False)
             self._tell(task, pb.Failure.FAILED, str(error))
         except Refused as error:
             log.warning("refused by this agent's policy", reason=str(error))
@@ -357,6 +360,19 @@ class Agent:
         self._say.put_nowait(
             pb.FromAgent(failure=pb.Failure(lease=task.lease, kind=kind, reason=reason[:500]))
         )
+
+    async def _settle(self, entry: Entry, *, counted: bool) -> None:
+        """Until the disk takes it: the client's next job begins where an update that counted left it."""
+        pause = _SOONEST
+        while True:
+            try:
+                return self._outbox.settle(entry, counted=counted)
+            except OSError as error:
+                self._log.error(
+                    "trying again", what="keeping what an update left", why=str(error), seconds=pause
+                )
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _SLOWEST)
 
     async def _train(self, task: _Task) -> Entry:
         job, recipe, payload = await self._fetched(task)
@@ -394,14 +410,20 @@ class Agent:
             if hashlib.sha256(blob.data).hexdigest() != blob.digest:
                 raise Gone("what the coordinator sent is not what it announced")
             return blob.data
-        known = self._blobs.get(blob.digest)
-        if known is None or (known.done() and (known.cancelled() or known.exception() is not None)):
-            fetching = self._insist(lambda link: link.download(job.lease, blob))
-            known = self._blobs[blob.digest] = asyncio.ensure_future(fetching)
-        self._blobs.move_to_end(blob.digest)
-        while len(self._blobs) > _BLOBS:
-            self._blobs.popitem(last=False)
-        return await asyncio.shield(known)
+        while True:
+            known = self._blobs.get(blob.digest)
+            mine = known is None or (known.done() and (known.cancelled() or known.exception() is not None))
+            if known is None or mine:
+                fetching = self._insist(lambda link: link.download(job.lease, blob))
+                known = self._blobs[blob.digest] = asyncio.ensure_future(fetching)
+            self._blobs.move_to_end(blob.digest)
+            while len(self._blobs) > _BLOBS:
+                self._blobs.popitem(last=False)
+            try:
+                return await asyncio.shield(known)
+            except Gone:  # of the job for which it was fetched, which may not be this one
+                if mine:
+                    raise
 
     async def _insist(self, call: Callable[[Link], Awaitable[T]]) -> T:
         """A call on whatever connection there is, until it is answered or refused for good."""

@@ -93,7 +93,15 @@ class Outbox:
         """
         if undone is not None:
             self._state(run, client, undone).unlink(missing_ok=True)
-        if not fresh or not (kept := self._states(run, client)):
+        if not fresh:
+            return fresh
+        kept = self._states(run, client)
+        if not kept and (older := self._private / run / f"{client}.safetensors").is_file():
+            raise RunError(
+                f"{older}: an older Hansa kept this client's private state; rename the file to "
+                f"{client}-0.safetensors to go on from it, or remove it to begin anew"
+            )
+        if not kept:
             return fresh
         path = kept[-1]
         try:
@@ -104,19 +112,29 @@ class Outbox:
     # Updates.
 
     def put(self, made: Entry, update: Packed, private: Tree) -> None:
-        """Keep a finished job."""
+        """Keep a finished job.
+
+        Raises
+        ------
+        RunError
+            When the disk does not take it; nothing of it is left there.
+        """
         folder = self._folder(made)
         draft = folder.with_name(f".draft-{folder.name}")
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        (draft / _UPDATE).write_bytes(update.data)
-        if private:  # the update could be computed again, but not once the coordinator has counted it
-            write(draft / _PRIVATE, pack(private).data)
-        (draft / _ENTRY).write_text(json.dumps(asdict(made)))
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-        if private:
-            sync_folder(folder.parent)
+        try:
+            draft.mkdir(parents=True)
+            (draft / _UPDATE).write_bytes(update.data)
+            if private:  # the update could be computed again, but not once the coordinator has counted it
+                write(draft / _PRIVATE, pack(private).data)
+            (draft / _ENTRY).write_text(json.dumps(asdict(made)))
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
+            if private:
+                sync_folder(folder.parent)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise RunError(f"{folder}: a finished job could not be kept ({error.strerror})") from error
 
     def entries(self) -> list[Entry]:
         """All that wait for an acknowledgement."""
@@ -142,10 +160,11 @@ class Outbox:
     def settle(self, made: Entry, *, counted: bool) -> None:
         """The coordinator has answered: the private state moves on if the update counted."""
         folder = self._folder(made)
+        path = self._state(made.run, made.client, made.number)
         if counted and (folder / _PRIVATE).is_file():
-            path = self._state(made.run, made.client, made.number)
             path.parent.mkdir(exist_ok=True)
             (folder / _PRIVATE).rename(path)
+        if counted and path.is_file():
             sync_folder(path.parent)
             for old in self._states(made.run, made.client)[:-2]:  # the last may yet be undone
                 old.unlink()

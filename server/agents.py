@@ -22,6 +22,7 @@ from hansa.core.wire import INLINE, PIECE, stranger, version
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import AgentsServicer
 from hansa.core.wire.tensors import Malformed, Packed, require_alike, size_limit, unpack
+from hansa.server import patience
 from hansa.server.crash import point
 from hansa.server.evaluation import PHASE
 from hansa.server.figures import FIGURES
@@ -263,11 +264,23 @@ class Agents(AgentsServicer):
         run = self._office.run(claim.run) if claim else None
         if claim is None or run is None or not run.honours(lease, claim):
             await self._refuse(context, Code.PERMISSION_DENIED, name, "this lease was not given here")
-        if await _asked(run, run.holder, claim.client) != name:
+        if await self._asked(context, name, run, run.holder, claim.client) != name:
             await self._refuse(
                 context, Code.PERMISSION_DENIED, name, "this lease is another agent's", run=run.id
             )
         return run, run.job(claim) if isinstance(run, Run) else None, claim
+
+    async def _asked(
+        self, context: Context, name: str, run: Run | Past, question: Callable[[A], B], argument: A
+    ) -> B:
+        """A question to a run; for one that is past, the answer is in the database."""
+        if isinstance(run, Run):
+            return question(argument)
+        try:
+            return await asyncio.to_thread(question, argument)
+        except patience.PASSING as error:
+            why = f"the event log cannot be read now ({patience.reason(error)}); try again later"
+            await self._refuse(context, Code.UNAVAILABLE, name, why, run=run.id)
 
     # Uploads.
 
@@ -282,7 +295,7 @@ class Agents(AgentsServicer):
         run, job, claim = await self._open_job(manifest.lease, name, context)
         if claim.what:
             await self._refuse(context, Code.FAILED_PRECONDITION, name, "this lease is of an evaluation")
-        before = await _asked(run, run.accepted, claim)
+        before = await self._asked(context, name, run, run.accepted, claim)
         if before is not None:
             digest, counted = before
             if digest != manifest.update.digest:
@@ -417,7 +430,8 @@ class Agents(AgentsServicer):
             point("after-pieces")
             tree = await asyncio.to_thread(self._keep, reception, job)
         except BaseException:
-            reception.pause()
+            wanted = run.job(Lease(run.id, job.client, job.number)) is not None
+            (reception.pause if wanted else reception.discard)()
             raise
         point("after-rename")
         return tree
@@ -500,13 +514,6 @@ def _unknown(version: int) -> dict[str, Any]:
 def _blob(packed: Packed) -> pb.Blob:
     size = len(packed.data)
     return pb.Blob(digest=packed.digest, size=size, data=packed.data if size <= INLINE else b"")
-
-
-async def _asked(run: Run | Past, question: Callable[[A], B], argument: A) -> B:
-    """A question to a run; for one that is past, the answer is in the database."""
-    if isinstance(run, Run):
-        return question(argument)
-    return await asyncio.to_thread(question, argument)
 
 
 def _printable(text: str) -> str:

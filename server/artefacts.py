@@ -92,12 +92,14 @@ class Artefacts:
     # Updates.
 
     def receive(self, run: str, job: str, digest: str, size: int) -> Reception:
-        """Begin the upload of a job; one of another digest takes the place of what is there."""
+        """Begin the upload of a job, ``client-number``; it takes the place of what its client sent before."""
         path = self._spool / run / f"{job}.{digest[:16]}"
-        left = self._left.pop((run, job), None)
-        if left is not None and left != path:
-            left.unlink(missing_ok=True)
-        return (InMemory if size <= _SMALL else OnDisk)(self, path, digest, size, again=left == path)
+        client = job.partition("-")[0]
+        before = {each for each in self._left if each[0] == run and each[1].partition("-")[0] == client}
+        left = {self._left.pop(each) for each in before}
+        for other in left - {path}:
+            other.unlink(missing_ok=True)
+        return (InMemory if size <= _SMALL else OnDisk)(self, path, digest, size, again=path in left)
 
     def left(self, path: Path) -> None:
         """An upload was interrupted; what came of it is there."""

@@ -57,7 +57,11 @@ class Control(ControlServicer):
         """Rounds as they are made, then the end."""
         run = await self._any(request.id, context)
         if not isinstance(run, Run):
-            for done in await asyncio.to_thread(run.told):
+            try:
+                rounds = await asyncio.to_thread(run.told)
+            except HansaError as error:  # its directory was removed
+                await _abort(context, Code.NOT_FOUND, str(error))
+            for done in rounds:
                 if done.index > request.after:
                     await context.write(pb.Happening(round=done))
             await context.write(pb.Happening(end=await self._status(run)))

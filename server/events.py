@@ -132,6 +132,9 @@ class Snapshot:
     facts: Mapping[str, Any]
 
 
+_Waiting = tuple[str, Sequence[Event], "asyncio.Future[None]"]  # a run, what it has said, when it is durable
+
+
 class Fenced(Over):
     """Another coordinator has taken over this event log."""
 
@@ -168,7 +171,7 @@ class EventLog:
     ) -> None:
         self._engine = database.connect(url)
         self._before, self._over = before, over
-        self._waiting: list[tuple[str, Sequence[Event], asyncio.Future[None]]] = []
+        self._waiting: list[_Waiting] = []
         self._wanted = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._claim: database.Claim | None = None
@@ -220,25 +223,26 @@ class EventLog:
 
     async def _write_waiting(self) -> None:
         batch, self._waiting = self._waiting, []
-        rows = [_row(run, each) for run, events, _ in batch for each in events]
-        blobs = {
-            str(each.body["digest"]): each.data
-            for _, events, _ in batch
-            for each in events
-            if each.data is not None
-        }
-        error: Exception | None = None
-        try:
-            await self.insist(partial(self._insert, rows, blobs), "writing to the event log")
-        except Exception as raised:
-            error = raised
-        for _, _, done in batch:
-            if done.done():
+        groups = [batch]
+        while groups:
+            group = groups.pop(0)
+            error: Exception | None = None
+            try:
+                await self.insist(partial(self._insert, group), "writing to the event log")
+            except Exception as raised:
+                error = raised
+            if len(group) > 1 and error is not None and not isinstance(error, Over):
+                groups = [
+                    [each] for each in group
+                ]  # what one run says, and no database takes, fails it alone
                 continue
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
+            for _, _, done in group:
+                if done.done():
+                    continue
+                if error is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(error)
 
     async def insist(self, act: Callable[[], T], what: str, *, seconds: float = math.inf) -> T:
         """:func:`hansa.server.patience.insist`, for what ends this process when it may not be done at all."""
@@ -259,7 +263,14 @@ class EventLog:
             self._over(error)
             raise
 
-    def _insert(self, rows: list[dict[str, Any]], blobs: dict[str, bytes]) -> None:
+    def _insert(self, batch: Sequence[_Waiting]) -> None:
+        rows = [_row(run, each) for run, events, _ in batch for each in events]
+        blobs = {
+            str(each.body["digest"]): each.data
+            for _, events, _ in batch
+            for each in events
+            if each.data is not None
+        }
         self._before()
         try:
             with self._leading() as connection:

@@ -249,7 +249,8 @@ class Office:
     async def resume(self, run: Run) -> None:
         """Go on with an interrupted run."""
         await run.resume()
-        self._gather(run)
+        if run.active:
+            self._gather(run)
 
     def run(self, id: str) -> Run | Past | None:
         """A run of that name."""

@@ -103,7 +103,7 @@ class Run:
         self._clock = 0.0
         self._stood: float | None = None  # since when, while it is interrupted
         self._saved = 0  # version of the last snapshot
-        self._steering, self._moving = asyncio.Lock(), asyncio.Lock()
+        self._steering, self._marking, self._moving = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self.watchers: set[asyncio.Event] = set()
         self.missed: dict[int, float] = {}
 
@@ -255,7 +255,7 @@ class Run:
                 if self.machine.ended is not None:
                     await self._apply(await self._inbox.rest())  # late, and in the log; what comes now is not
                     await self._close_if_ended()
-                if self.active and len(self._inbox) == 0:
+                if self.active:
                     await self._snapshot_if_due()
         except Over as error:
             self._log.error("the run ends here", error=str(error))
@@ -423,13 +423,16 @@ class Run:
             if not self.active:
                 return
             await self.tell("stopped")
-            if not self.active:  # it ended by itself meanwhile
-                return
-            self.status, self._stood = "interrupted", time.monotonic()
-            self._recall_all()
-            why = "stopped on request"
-            await self._insist(lambda: self._store.finish("interrupted", why), "recording the interruption")
-            await self._mark("interrupted", why)
+            async with self._marking:
+                if not self.active:  # it ended by itself meanwhile
+                    return
+                self.status, self._stood = "interrupted", time.monotonic()
+                self._recall_all()
+                why = "stopped on request"
+                await self._insist(
+                    lambda: self._store.finish("interrupted", why), "recording the interruption"
+                )
+                await self._mark("interrupted", why)
             self._wake_watchers()
 
     def _recall_all(self) -> None:
@@ -441,31 +444,35 @@ class Run:
     async def resume(self) -> None:
         """Go on after :meth:`stop`, with the jobs that were open."""
         async with self._steering:
-            if self.status != "interrupted":
-                raise RunError(
-                    f"{self.id}: this run is {self.status}; only an interrupted one can be resumed"
-                )
-            await self._insist(lambda: self._store.truncate(self._recorded), "resuming")
-            await self._mark("running" if self.machine.there else "waiting", "")
+            async with self._marking:
+                if self.status != "interrupted":
+                    raise RunError(
+                        f"{self.id}: this run is {self.status}; only an interrupted one can be resumed"
+                    )
+                await self._insist(lambda: self._store.truncate(self._recorded), "resuming")
+                await self._mark("running" if self.machine.there else "waiting", "")
             for _, timer in self._timers.values():
                 timer.cancel()
             self._timers.clear()
             self._clock, self._stood = time.monotonic() - self.now, None
             await self.tell("resumed")
+            if not self.active:  # it failed meanwhile
+                return
             for client, worker in self.workers.items():
                 for job in self.machine.given(client):
                     worker.push(self, job)
 
     async def _fail(self, error: BaseException) -> None:
-        try:
-            with suppress(Exception):  # the log may be what fails
-                await self._inbox.rest()
-            self.machine.late |= self._inbox.unapplied  # in the log, and in no model
-            await self._insist(lambda: self._store.finish("failed", str(error)), "recording the failure")
-            await self._mark("failed", str(error), over=True)
-        except HansaError:
-            self._log.exception("the failure could not be recorded")
-            self.status, self.reason = "failed", str(error)
+        async with self._marking:
+            try:
+                with suppress(Exception):  # the log may be what fails
+                    await self._inbox.rest()
+                self.machine.late |= self._inbox.unapplied  # in the log, and in no model
+                await self._insist(lambda: self._store.finish("failed", str(error)), "recording the failure")
+                await self._mark("failed", str(error), over=True)
+            except HansaError:
+                self._log.exception("the failure could not be recorded")
+                self.status, self.reason = "failed", str(error)
         self._recall_all()
         self._wake_watchers()
 

@@ -116,6 +116,31 @@ def test_private_state_that_cannot_be_read_stops_the_job(tmp_path: Path) -> None
         outbox.private("r", 4, FRESH)
 
 
+def test_private_state_of_an_older_hansa_is_not_passed_over(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.settle(finished(outbox, 7, {"b": torch.ones(2), "a": torch.ones(1)}), counted=True)
+    older = tmp_path / "private" / "r" / "4.safetensors"
+    (tmp_path / "private" / "r" / "4-7.safetensors").rename(older)
+    with pytest.raises(RunError, match=r"rename the file to 4-0.safetensors to go on from it"):
+        outbox.private("r", 4, FRESH)
+    older.rename(older.with_name("4-0.safetensors"))
+    assert outbox.private("r", 4, FRESH)["a"] == 1
+
+
+def test_a_job_that_a_full_disk_does_not_take_fails_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:10])
+        raise OSError(28, "No space left on device")
+
+    outbox = Outbox(tmp_path)
+    monkeypatch.setattr("hansa.client.outbox.write", full)
+    with pytest.raises(RunError, match=r"could not be kept \(No space left on device\)"):
+        finished(outbox, 0, FRESH)
+    assert list((tmp_path / "outbox" / "r").iterdir()) == []
+
+
 @pytest.mark.parametrize("run", ["../x", "a/b", "", ".hidden", "x" * 200])
 def test_a_runs_name_is_never_a_path(tmp_path: Path, run: str) -> None:
     with pytest.raises(RunError, match="is no name"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,10 +15,11 @@ import pytest
 import torch
 from floor import small, until
 
+from hansa.core.errors import RunError
 from hansa.core.wire.tensors import pack, unpack
 from hansa.server import runs
 from hansa.server.artefacts import Artefacts
-from hansa.server.events import Event, EventLog, RunRow
+from hansa.server.events import Event, EventLog, RunRow, Snapshot
 from hansa.server.jobs import Open
 from hansa.server.leases import Lease
 from hansa.server.machine import Effects, Verdict
@@ -211,5 +213,77 @@ def test_the_clock_of_a_run_that_is_stopped_stands_whatever_comes(
             at = [each.at for each in log.events("r") if each.kind in ("stopped", "update", "resumed")]
             assert at == pytest.approx([5.0, 5.0, *at[2:4], 12.0])
             assert max(at[2:4]) < 13.0
+
+    asyncio.run(scene())
+
+
+def test_a_run_that_fails_as_it_is_stopped_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record waits for the disk when the next event turns out to be too much."""
+
+    async def scene() -> None:
+        jobs: list[Open] = []
+        stopping, failing, disk = threading.Event(), asyncio.Event(), threading.Event()
+        async with running(tmp_path, monkeypatch) as (run, log, over):
+            apply, finish, fail = run.machine.apply, run._store.finish, run._fail
+
+            def broken(event: Event) -> Effects:
+                if event.kind == "update":
+                    raise RuntimeError("a step that fails")
+                return apply(event)
+
+            def slow(status: Any, *why: str) -> None:
+                if status == "interrupted":
+                    stopping.set()
+                    disk.wait()
+                finish(status, *why)
+
+            async def noting(error: BaseException) -> None:
+                failing.set()
+                await fail(error)
+
+            monkeypatch.setattr(run.machine, "apply", broken)
+            monkeypatch.setattr(run._store, "finish", slow)
+            monkeypatch.setattr(run, "_fail", noting)
+            run.arrive(Agent(lambda _, job: jobs.append(job)), range(6))
+            await until(lambda: bool(jobs))
+            stopped = asyncio.create_task(run.stop())
+            await until(stopping.is_set)
+            sent = asyncio.create_task(send(run, jobs[0]))
+            await failing.wait()
+            await asyncio.wait([asyncio.create_task(over.wait())], timeout=0.3)
+            disk.set()
+            await asyncio.gather(stopped, sent, over.wait())
+            assert (run.status, run.reason) == ("failed", "a step that fails")
+            (row,) = log.runs()
+            assert row.status == "failed"
+            with pytest.raises(RunError, match="this run is failed"):
+                await run.resume()
+
+    asyncio.run(scene())
+
+
+def test_a_run_that_is_never_idle_keeps_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a restart would replay all of its log."""
+
+    async def scene() -> None:
+        engine = {"dtype": "float64", "checkpoint_every": 2}
+        async with running(tmp_path, monkeypatch, engine=engine, stop={"rounds": 7}) as (run, log, over):
+            append, save, saved = run._inbox._append, log.save, list[int]()
+
+            async def and_more(events: Sequence[Event]) -> None:
+                run.hear("scored", client=0, body={"round": -1})
+                await append(events)
+
+            def noting(run: str, snapshot: Snapshot) -> None:
+                saved.append(snapshot.seq)
+                save(run, snapshot)
+
+            monkeypatch.setattr(run._inbox, "_append", and_more)
+            monkeypatch.setattr(log, "save", noting)
+            run.arrive(Agent(lambda run, job: asyncio.ensure_future(send(run, job))), range(6))
+            await asyncio.wait_for(over.wait(), 300)
+            assert len(saved) >= 2
 
     asyncio.run(scene())

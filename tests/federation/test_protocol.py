@@ -14,9 +14,10 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from floor import Floor, checked, end, named, play, small, submit
+from floor import Floor, checked, end, named, play, small, submit, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.torch import save
+from sqlalchemy.exc import OperationalError
 
 from hansa.core.errors import RunError
 from hansa.core.store import RunStore
@@ -25,6 +26,8 @@ from hansa.core.wire import MAJOR, MINOR, PIECE, version
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire.federation_pb2_grpc import AgentsStub, ControlStub
 from hansa.core.wire.tensors import describe, pack, unpack
+from hansa.server.agents import Agents
+from hansa.server.events import EventLog
 from hansa.simulation.runs import resume
 
 ONE = small(
@@ -43,6 +46,7 @@ class Hand:
     control: ControlStub
     job: pb.Job
     run: str
+    stream: Any
     name: str = "hand"
     inline: bool = False
 
@@ -97,7 +101,7 @@ async def hand(floor: Floor, **limits: Any) -> AsyncIterator[Hand]:
         run = await submit(control, ONE)
         message = await stream.read()
         assert message.WhichOneof("body") == "job"
-        yield Hand(stub, control, message.job, run)
+        yield Hand(stub, control, message.job, run, stream)
         stream.cancel()
 
 
@@ -429,14 +433,77 @@ def test_a_run_is_stopped_and_resumed(floor: Floor) -> None:
         assert store.summary().rounds == made >= 3
 
 
-def test_an_agent_that_says_nothing_is_gone_and_its_update_is_late(floor: Floor) -> None:
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> list[Agents]:
+    """What agents call, of every coordinator that is started."""
+    made: list[Agents] = []
+    begin = Agents.__init__
+
+    def noting(self: Agents, *arguments: Any) -> None:
+        begin(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(Agents, "__init__", noting)
+    return made
+
+
+def test_an_agent_that_says_nothing_is_gone_and_its_update_is_late(
+    floor: Floor, service: list[Agents]
+) -> None:
     async def scene() -> None:
-        async with hand(floor, heartbeat=0.2, grace=0.1) as mute:
+        async with hand(floor, grace=0.1) as mute:
             tree = await mute.update()
+            service[0]._limits = replace(service[0]._limits, heartbeat=0.01)  # from the next one on
+            await mute.stream.write(pb.FromAgent(heartbeat=pb.Heartbeat()))
             rounds, status = await end(mute.control, mute.run)
             assert [(each.asked, each.folded) for each in rounds] == [(1, 0)]  # lost: the round is abandoned
             assert status.reason == "made 1 rounds"
             data = pack(tree).data
             assert not (await mute.send(data, mute.manifest(data, tree))).counted
+
+    play(scene())
+
+
+def test_what_is_asked_of_an_ended_run_waits_for_the_database(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: EventLog, *arguments: Any) -> Any:
+        raise OperationalError("SELECT", None, ConnectionError("the server closed the connection"))
+
+    async def scene() -> None:
+        async with hand(floor) as agent:
+            tree = await agent.update()
+            data = pack(tree).data
+            manifest = agent.manifest(data, tree)
+            assert (await agent.send(data, manifest)).counted
+            await end(agent.control, agent.run)
+            for read in ("snapshot", "update_of"):
+                with monkeypatch.context() as patch:
+                    patch.setattr(EventLog, read, away)
+                    code, words = await refused(agent.send(data, manifest))
+                    assert code is grpc.StatusCode.UNAVAILABLE
+                    assert "the server closed the connection" in words
+            assert (await agent.send(data, manifest)).counted
+
+    play(scene())
+
+
+def test_an_upload_to_a_run_that_ended_meanwhile_leaves_nothing(floor: Floor, service: list[Agents]) -> None:
+    spool = floor.data / "artefacts" / "spool"
+
+    async def scene() -> None:
+        async with hand(floor) as agent:
+            tree = await agent.update()
+            data = pack(tree).data
+            call = agent.stub.Upload(metadata=named("hand"))
+            await call.write(pb.UploadRequest(manifest=agent.manifest(data, tree)))
+            await call.read()
+            await call.write(pb.UploadRequest(piece=pb.Piece(offset=0, data=data[:300])))
+            failure = pb.Failure(lease=agent.job.lease, kind=pb.Failure.REFUSED, reason="no")
+            await agent.stream.write(pb.FromAgent(failure=failure))
+            assert (await end(agent.control, agent.run))[1].status == "failed"
+            call.cancel()
+            await until(lambda: not service[0]._under_way)
+            assert list(spool.iterdir()) == []
 
     play(scene())
