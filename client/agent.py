@@ -384,11 +384,19 @@ class Agent:
                 await asyncio.wait([trained])
             except asyncio.CancelledError:
                 trained.cancel()
+                if task.turn.running():  # it may be done by now, and kept
+                    say = asyncio.get_running_loop().call_soon_threadsafe
+                    task.turn.add_done_callback(lambda turn: say(self._done_after_all, turn))
                 raise
             if not trained.cancelled():
                 return trained.result()
         # Recalled before its turn: there is nothing done to send, and that does not wait for the bench.
         return await asyncio.to_thread(do)
+
+    def _done_after_all(self, turn: Future[Entry]) -> None:
+        """A job was recalled as it came to its end: what the coordinator makes of it, only it knows."""
+        if turn.exception() is None and (lease := bytes.fromhex(turn.result().lease)) not in self._tasks:
+            self._begin(_Task(lease, entry=turn.result()))
 
     async def _evaluate(self, task: _Task) -> pb.Scores:
         """If the answer is lost with its connection, the coordinator asks again."""

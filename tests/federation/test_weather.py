@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from floor import Floor, checked, end, play, small, submit
+from floor import Floor, checked, end, play, small, submit, until
 
 from hansa.client.agent import Agent
 from hansa.client.outbox import Entry, Outbox
@@ -117,3 +119,49 @@ def test_what_a_client_sent_of_a_job_before_makes_room_for_the_next(tmp_path: Pa
     left = {str(path.relative_to(tmp_path / "spool")) for path in tmp_path.glob("spool/*/*")}
     assert left == {f"{each}.{'0' * 16}" for each in ("r/4-2", "r/5-1", "s/4-1")}
     assert artefacts.receive("r", "4-2", "0" * 64, 10).away  # it goes on
+
+
+def test_a_job_that_is_done_as_it_is_recalled_does_not_stay_on_the_disk(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(
+        model={"name": "mlp", "hidden": [6]},
+        algorithm={"name": "fedbuff"},
+        schedule={"name": "buffered", "k": 1, "concurrency": 6},
+        stop={"rounds": 1},
+    )
+    put, settle, recall = Outbox.put, Outbox.settle, Agent._recall
+    recalled, slow, kept, settled = threading.Event(), set[Outbox](), set[str](), set[str]()
+
+    def waiting(self: Outbox, made: Entry, *what: Any) -> None:
+        if self in slow:
+            recalled.wait()
+        put(self, made, *what)
+        kept.add(made.lease)
+
+    def settling(self: Outbox, made: Entry, *, counted: bool) -> None:
+        settle(self, made, counted=counted)
+        settled.add(made.lease)
+
+    def noting(self: Agent, message: pb.Recall) -> None:
+        recall(self, message)
+        if self._outbox in slow:
+            recalled.set()
+
+    monkeypatch.setattr(Outbox, "put", waiting)
+    monkeypatch.setattr(Outbox, "settle", settling)
+    monkeypatch.setattr(Agent, "_recall", noting)
+
+    async def scene() -> None:
+        async with floor.coordinator() as control:
+            agents = [floor.agent(f"a{i}", share=f"{i}/2") for i in range(2)]
+            slow.add(agents[1]._outbox)
+            tasks = [asyncio.create_task(each.run()) for each in agents]
+            assert (await end(control, await submit(control, recipe)))[1].status == "finished"
+            await until(lambda: recalled.is_set() and len(kept) > 1 and kept == settled)
+            assert agents[1]._outbox.entries() == []
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    play(scene())
