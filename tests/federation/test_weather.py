@@ -131,11 +131,14 @@ def test_a_job_that_is_done_as_it_is_recalled_does_not_stay_on_the_disk(
         stop={"rounds": 1},
     )
     put, settle, recall = Outbox.put, Outbox.settle, Agent._recall
-    recalled, slow, kept, settled = threading.Event(), set[Outbox](), set[str](), set[str]()
+    done, recalled = threading.Event(), threading.Event()
+    slow, kept, settled = set[Outbox](), set[str](), set[str]()
 
     def waiting(self: Outbox, made: Entry, *what: Any) -> None:
         if self in slow:
+            done.set()
             recalled.wait()
+        done.wait()
         put(self, made, *what)
         kept.add(made.lease)
 
