@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hansa.core.errors import InputError
 from hansa.core.trees import Tree, doubled, row, stack
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class _PerClient(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        refuse_looking(func)
         own = _OPERATIONS.get(func)
         if own is not None and any(id(each) in self._stacked for each in (*args[1:], *kwargs.values())):
             return own(self._clients, *args, **kwargs)
@@ -127,6 +129,24 @@ def _batch_norm(
         side.flatten(1, 2), flat(mean), flat(var), flat(weight), flat(bias), training, momentum, eps
     )
     return out.view(side.shape).transpose(0, 1).flatten(0, 1)
+
+
+_LOOKS = {
+    *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__complex__, Tensor.__index__),
+    *(Tensor.__contains__, Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.is_nonzero, torch.is_nonzero),
+    *(Tensor.equal, torch.equal, Tensor.allclose, torch.allclose),
+}
+
+
+def refuse_looking(func: Callable[..., Any]) -> None:
+    """What depends on a value would depend on those of other clients, seen side by side."""
+    if func in _LOOKS:
+        raise InputError(
+            "model",
+            None,
+            "its forward pass asks for the value of a tensor, which here holds those of many clients",
+            'use engine.mode = "sequential"',
+        )
 
 
 def refuse_options(
@@ -262,15 +282,16 @@ def _agrees(task: Task, way: Way, params: Tree, batch: Batch) -> bool:
     for k, alone in enumerate(both):
         for tree, reference in zip(found, alone, strict=True):
             for name, each in reference.items():
-                if not close(
-                    tree[name][k], each, magnitude=float(pair[name].abs().max()) if name in pair else 0.0
-                ):
+                weighs = name in pair and pair[name].is_floating_point()
+                if not close(tree[name][k], each, magnitude=float(pair[name].abs().max()) if weighs else 0.0):
                     return False
     return True
 
 
 def close(found: Tensor, reference: Tensor, *, magnitude: float) -> bool:
     """Whether a check's result is the reference's but for rounding; ``magnitude`` is that of the weights."""
+    if not reference.is_floating_point():
+        return torch.equal(found, reference)
     tolerance = 1e-8 if reference.dtype == torch.float64 else 1e-3
     scale = float(reference.abs().max().clamp_min(1e-6))
     rounding = 8 * torch.finfo(torch.float64 if tolerance < 1e-6 else torch.float32).eps * magnitude

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.stateless import _reparametrize_module
 
 from hansa.core import batches
@@ -202,6 +203,21 @@ class Task:
                     name,
                     "a lookup with max_norm rewrites the weights, which clients share until they train",
                     "leave max_norm out, and bound the norm in the forward pass",
+                )
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if is_lazy(tensor):
+                raise InputError(
+                    "model",
+                    name,
+                    "a lazy layer has no tensors yet",
+                    "call the model once on an example before it is returned",
+                )
+            if tensor.is_complex():
+                raise InputError(
+                    "model",
+                    name,
+                    "complex numbers are not known here and would lose their imaginary part",
+                    "keep both parts as real tensors, see torch.view_as_real",
                 )
         module = copy.deepcopy(module).to(dtype=dtype, device=device)
         self.objective = objective

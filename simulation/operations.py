@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hansa.core.folding import refuse_options
+from hansa.core.folding import refuse_looking, refuse_options
 from hansa.simulation.lanes import deal
 from hansa.simulation.moving import Moving
 from hansa.simulation.winograd import winograd
@@ -53,6 +53,7 @@ class Fused(TorchFunctionMode):
         kwargs = kwargs or {}
         fused = _OPERATIONS.get(func)
         if fused is None:
+            refuse_looking(func)
             return func(*args, **kwargs)
         own = self._run.names.keys() & map(id, (*args[1:], *kwargs.values()))
         if not own:

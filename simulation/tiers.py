@@ -144,7 +144,7 @@ def trainer(federation: Federation, *, seed: int, mode: Mode, chunk: int | None)
     task = federation.task
     parameters = sum(task.initial[name].numel() for name in task.trainable)
     together = max(1, min(128, _CACHE_NUMBERS // max(parameters, 1)))
-    random = task.stochastic(federation.data.train.x[:2])
+    random = task.stochastic(federation.data.train.x[:2].clone())
     fusible = applies(task, federation.algorithm) and not random
     if mode == "fused" and not fusible:
         raise InputError(

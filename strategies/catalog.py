@@ -15,6 +15,7 @@ from hansa.core import models
 from hansa.core.algorithm import Algorithm
 from hansa.core.data import Examples, FederatedData
 from hansa.core.errors import DataError, InputError
+from hansa.core.folding import plain
 from hansa.core.partition import Partition, Rule
 from hansa.core.randomness import ALONE
 from hansa.core.recipe import CustomModel, Recipe, build, construct, describe, import_object
@@ -440,20 +441,33 @@ def _model(recipe: Recipe, train: Examples) -> torch.nn.Module:
 
 
 def _try_out(task: Task, train: Examples, factory: str) -> None:
-    """One pass of a user's model over two examples, to meet its mistakes before the run."""
+    """A step of a user's model on two examples, to meet its mistakes before the run."""
+    x, y = train.x[:2], train.y[:2]
+    where = "two examples"
     try:
-        outputs = task.forward(task.initial, train.x[:2])
+        outputs = task.forward(task.initial, x.clone())  # which it may change where they stand
+        _require_outputs(task, outputs, y, factory)
+        where += " in training"
+        if len(x) == 2:
+            with ALONE, torch.random.fork_rng(devices=[]):
+                plain(task, task.initial, {"x": x.clone(), "y": y})
+    except InputError:
+        raise
     except Exception as error:  # the user's own code
-        problem = f"its model fails on two examples with {type(error).__name__}: {error}"
+        problem = f"its model fails on {where} with {type(error).__name__}: {error}"
         raise InputError("model.factory", factory, problem, "correct the model") from error
-    wanted = (*train.y[:2].shape, task.classes) if task.classes else train.y[:2].shape
-    if task.classes and outputs.shape != wanted:
-        raise InputError(
-            "model.factory",
-            factory,
-            f"its model turns two examples into outputs of shape {tuple(outputs.shape)}",
-            f"make it {tuple(wanted)}",
-        )
+
+
+def _require_outputs(task: Task, outputs: object, y: torch.Tensor, factory: str) -> None:
+    wanted = (*y.shape, task.classes) if task.classes else tuple(y.shape)
+    if not isinstance(outputs, torch.Tensor):
+        found, fits = type(outputs).__name__, False
+    else:
+        found = f"outputs of shape {tuple(outputs.shape)}"
+        fits = outputs.shape == wanted or (not task.classes and outputs.shape == (*wanted, 1))
+    if not fits:
+        problem = f"its model turns two examples into {found}"
+        raise InputError("model.factory", factory, problem, f"make it a tensor of shape {wanted}")
 
 
 def _device(name: str) -> torch.device:
