@@ -7,6 +7,7 @@ lie in a nameless file, which the operating system pages in and out and which en
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from hansa.core.errors import StorageError
 from hansa.core.trees import Tree, nbytes, put_under, take_under
 
 PAGE = 64  # clients
@@ -69,7 +71,14 @@ class Bank:
             folder = self._folder if self._folder is not None and self._folder.is_dir() else None
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             weakref.finalize(self, self._file.close)
-        self._file.truncate((number + 1) * _size(self._first))
+        size = _size(self._first)
+        try:  # a page without room on the disk would end the process when it is written to
+            os.posix_fallocate(self._file.fileno(), number * size, size)
+        except OSError as error:
+            raise StorageError(
+                f"clients' private state has no room on the disk ({error.strerror}); make room, or raise "
+                "engine.bank_memory, and resume the run"
+            ) from error
         return _mapped(self._file, number, self._first, mmap.ACCESS_WRITE)
 
     # Checkpoints.

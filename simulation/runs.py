@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import hansa
-from hansa.core.errors import HansaError, InputError, Interrupted, RunError
+from hansa.core.errors import DataError, HansaError, InputError, Interrupted, RunError
 from hansa.core.hub import PeerHub
 from hansa.core.recipe import Recipe, override, parse
 from hansa.core.store import Round, RunStore, new_run_directory
@@ -208,10 +208,10 @@ def resume(directory: Path, engine: Mapping[str, str] | None = None) -> Run:
     workers = join()
     store = workers.together(lambda: _reopened(directory) if workers.first else None)
     try:
-        text = workers.from_first(lambda: store.recipe if store is not None else "")
+        text, recorded = workers.from_first(lambda: [store.recipe, store.summary().rounds] if store else None)
         recipe = parse(_changed(tomllib.loads(text), engine or {}))
         workers.use(recipe.engine.device)
-        return workers.together(lambda: _resumed(directory, recipe, workers, store))
+        return workers.together(lambda: _resumed(directory, recipe, workers, store, recorded))
     except BaseException:
         if store is not None:
             store.close()
@@ -231,9 +231,17 @@ def _changed(raw: dict[str, Any], engine: Mapping[str, str]) -> dict[str, Any]:
     return raw
 
 
-def _resumed(directory: Path, recipe: Recipe, workers: Workers, store: RunStore | None) -> Run:
+def _resumed(directory: Path, recipe: Recipe, workers: Workers, store: RunStore | None, recorded: int) -> Run:
     run = Run(directory, *_assembled(recipe), workers, store)
-    run.begins_after = run.simulator.resume()
+    data = store.facts.get("data") if store is not None else None
+    if data is not None and data != run.federation.data.digest():
+        raise DataError(
+            "data",
+            recipe.data.source,
+            "the examples, or who holds them, are no longer those the run began with",
+            f"put the data back as they were, or start {directory / 'recipe.toml'} again",
+        )
+    run.begins_after = run.simulator.resume(recorded)
     if store is not None:
         store.truncate(run.begins_after)
         store.event(store.summary().time, "resumed", f"after round {run.begins_after}")
@@ -257,6 +265,13 @@ def _reopened(directory: Path) -> RunStore:
             f"{directory}: a coordinator made this run; `hansa resume {directory.resolve().name} --on WHERE` "
             "goes on"
         )
+    path = directory / "recipe.toml"
+    if path.exists() and path.read_bytes() != store.recipe.encode():
+        store.close()
+        raise RunError(
+            f"{path}: was changed, but a run goes on as it began; start the changed recipe as a run of "
+            "its own, or delete this file to go on"
+        )
     return store
 
 
@@ -275,6 +290,7 @@ def _facts(run: Run) -> dict[str, str]:
         "schedule": recipe.schedule["name"].rpartition(":")[2],
         "clients": str(data.clients),
         "examples": f"{len(data.train)} train, {len(data.test)} test",
+        "data": data.digest(),
         "engine": run.simulator.engine,
         "device": recipe.engine.device,
         "threads": str(torch.get_num_threads()),

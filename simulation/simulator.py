@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hansa.core.algorithm import Job, Report
-from hansa.core.errors import InputError, Interrupted
+from hansa.core.errors import InputError, Interrupted, RunError
 from hansa.core.hub import Fold, Hub, Order, PeerHub, Send
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import Outcome, Participation, Round, Verdicts
@@ -545,21 +545,38 @@ class Simulator:
         }
         return tensors, facts, bank
 
-    def resume(self) -> int:
+    def resume(self, upto: int | None = None) -> int:
         """Continue from the newest checkpoint; returns the round that it was written after, 0 without one.
+
+        ``upto`` is the last round on record: what was written later is passed over.
 
         Raises
         ------
         RunError
-            When there are checkpoints and none can be read.
+            When there are checkpoints and none can be read, or what the newest holds does not fit the run.
         """
-        found = checkpoint.load(self._checkpoints) if self._checkpoints is not None else None
+        found = checkpoint.load(self._checkpoints, upto) if self._checkpoints is not None else None
         if found is None:
             return 0
-        tensors, facts, bank = found
+        try:
+            self._restore(*found)
+        except Exception as error:  # whatever may be wrong with a file that is old, or that was changed
+            raise RunError(
+                f"{self._checkpoints}: what was saved does not fit this run "
+                f"({type(error).__name__}: {error}); put the model and the algorithm back, "
+                "or start its recipe.toml again"
+            ) from error
+        return self._saved
+
+    def _restore(self, tensors: Tree, facts: Mapping[str, Any], bank: Path | None) -> None:
         device = self._f.task.device
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.hub.restore(take_under("hub", tensors), facts["hub"])
+        for name, each in self.hub.model().items():
+            if name in self._f.task.initial and each.shape != self._f.task.initial[name].shape:
+                raise ValueError(
+                    f"{name} is {list(each.shape)}, not {list(self._f.task.initial[name].shape)}"
+                )
         self._bank.restore(take_under("private", tensors), facts["private"], bank)
         self._opened, self._now = True, facts["now"]
         self._alarms = [
@@ -584,7 +601,6 @@ class Simulator:
         for each in facts["jobs"]:
             self._open.setdefault(each["client"], {})[each["number"]] = Open.restored(each, taken)
         self._saved = self.hub.state.version
-        return self._saved
 
 
 class _Sizes:

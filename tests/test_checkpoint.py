@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hansa.core.errors import RunError
+from hansa.core.errors import RunError, StorageError
 from hansa.simulation import checkpoint
 
 
@@ -103,9 +103,18 @@ def test_a_crash_in_mid_write_leaves_no_checkpoint(tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", crash)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(StorageError, match=r"no space left .* make room and resume the run"):
             write(tmp_path, 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000004"]  # what was half written takes no room
     found = checkpoint.load(tmp_path)
     assert found is not None
     assert found[1]["version"] == 4
     assert write(tmp_path, 5).name == "00000005"  # what the crash left is in nobody's way
+
+
+def test_what_a_dead_process_and_a_forgotten_future_left_goes(tmp_path: Path) -> None:
+    for version in (5, 8, 9):
+        write(tmp_path, version)
+    (tmp_path / ".00000007.4711").mkdir()
+    write(tmp_path, 6)  # a run that went on after an earlier round
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000006"]

@@ -319,6 +319,60 @@ def test_missing_data_leave_an_interrupted_run_as_it_was(tmp_path: Path) -> None
     assert resume(run.directory).go().rounds == ROUNDS
 
 
+def test_changed_data_are_told_before_anything_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    rows = [f"{i},{i % 7},{i % 2}\n" for i in range(80)]
+    path.write_text("a,b,y\n" + "".join(rows))
+    made = recipe(data={"source": "csv", "path": str(path), "target": "y", "limit": None})
+    run = interrupted(made, tmp_path / "runs", after=4)
+    path.write_text("a,b,y\n" + "".join(rows[:-1]) + "79,3,1\n")  # one number is another
+    with pytest.raises(DataError, match="no longer those the run began with; put the data back"):
+        resume(run.directory)
+    with RunStore.open(run.directory) as store:
+        assert (store.summary().status, store.summary().rounds) == ("interrupted", 4)
+    path.write_text("a,b,y\n" + "".join(rows))
+    assert resume(run.directory).begins_after == 4
+
+
+def test_a_changed_recipe_is_not_passed_over(tmp_path: Path) -> None:
+    run = interrupted(recipe(), tmp_path, after=3)
+    path = run.directory / "recipe.toml"
+    path.write_text(path.read_text().replace("lr = 0.05", "lr = 0.5"))
+    with pytest.raises(RunError, match=r"recipe\.toml: was changed, but a run goes on as it began"):
+        resume(run.directory)
+    path.unlink()
+    assert resume(run.directory).begins_after == 3
+
+
+@pytest.mark.parametrize("kept", [2, 4, 7])
+def test_a_record_behind_the_checkpoints_is_made_whole(kept: int, tmp_path: Path) -> None:
+    """As a power cut leaves it, or a copy made while the run went on."""
+    made = recipe(engine={"checkpoint_every": 1})
+    whole, run = start(made, tmp_path / "whole"), interrupted(made, tmp_path / "parts", after=5)
+    whole.go()
+    with RunStore.open(run.directory) as store:
+        store.truncate(kept)
+        store.finish("interrupted")
+    again = resume(run.directory)
+    assert again.begins_after == min(kept, 5) if kept >= 4 else again.begins_after == 0
+    with pytest.raises(Interrupted):
+        again.go(until(6, again.stop))
+    resume(run.directory).go()
+    assert_same(record(run.directory), record(whole.directory))
+
+
+def test_a_checkpoint_of_another_model_or_layout_is_refused(tmp_path: Path) -> None:
+    run = interrupted(recipe(), tmp_path, after=3)
+    for path in (run.directory / "checkpoints").glob("*/state.json"):
+        facts = json.loads(path.read_text())
+        del facts["alarms"]
+        path.write_text(json.dumps(facts))
+    with pytest.raises(RunError, match=r"what was saved does not fit this run \(KeyError: 'alarms'\)"):
+        resume(run.directory)
+    with RunStore.open(run.directory) as store:
+        assert (store.summary().status, store.summary().rounds) == ("interrupted", 3)
+
+
 def test_a_model_that_cannot_be_written_fails_the_run_and_resuming_writes_it(tmp_path: Path) -> None:
     run = start(recipe(), tmp_path)
     run.model.mkdir()  # stands in the way

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -129,6 +130,15 @@ class FederatedData:
     def clients(self) -> int:
         """How many clients there are."""
         return len(self.train_shards)
+
+    def digest(self) -> str:
+        """Names all examples and who holds which: another for other data, or a division of their own."""
+        seen = hashlib.blake2b(digest_size=16)
+        shards = [each for s in (self.train_shards, self.test_shards) for each in (s.indices, s.offsets)]
+        for tensor in (self.train.x, self.train.y, self.test.x, self.test.y, *shards):
+            seen.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+            seen.update(tensor.cpu().contiguous().numpy().data)
+        return seen.hexdigest()
 
     def counts(self) -> Ints | None:
         """Train examples by client and class, ``[clients, classes]``; None unless it is classification."""
