@@ -114,6 +114,8 @@ class Run:
             raise
         finally:
             if self._store is not None:
+                with suppress(RunError):
+                    self._store.fact("engine", self.simulator.engine)  # known since the first cohort
                 self._store.close()
             self._seconds = time.perf_counter() - began
         return ending
@@ -143,7 +145,7 @@ class Run:
         }
         draft = self.model.with_suffix(".part")
         try:
-            save_file(tensors, draft, metadata={"format": "pt", "rounds": str(ending.rounds)})
+            save_file(tensors, draft, metadata={"format": "pt"})
             os.replace(draft, self.model)
         except (OSError, SafetensorError) as error:
             raise RunError(

@@ -235,6 +235,17 @@ def test_errors_before_anything_ran_leave_no_directory(tmp_path: Path) -> None:
     assert not folder.exists() or not list(folder.iterdir())
 
 
+def test_what_computed_the_run_is_on_record_and_its_model_has_the_same_bytes_again(tmp_path: Path) -> None:
+    made = recipe(model={"name": "logistic"}, stop={"rounds": 1}, engine={"mode": "auto"})
+    first, again = (start(made, tmp_path / str(n)) for n in range(2))
+    for run in (first, again):
+        run.go()
+        with RunStore.open(run.directory) as store:
+            assert store.facts["engine"] == run.simulator.engine
+    assert "to be measured" not in first.simulator.engine
+    assert first.model.read_bytes() == again.model.read_bytes()
+
+
 def test_divergence_is_recorded_as_failure(tmp_path: Path) -> None:
     run = start(recipe(train={"lr": 1e30}), tmp_path)
     with pytest.raises(DivergedError, match=r"lower train\.lr = 1e\+30"):

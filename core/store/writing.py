@@ -286,6 +286,11 @@ class RunStore(Reading):
                 insert(t.events), {"time": float(time), "kind": kind, "text": text, "client": client}
             )
 
+    def fact(self, name: str, value: str) -> None:
+        """Put another value in the place of a fact."""
+        with self._writing() as connection:
+            connection.execute(update(t.facts).where(t.facts.c.name == name).values(value=value))
+
     def partition(self, counts: NDArray[np.integer[Any]], classes: Sequence[str] = ()) -> None:
         """Record who holds how many examples; what was recorded before is replaced.
 
