@@ -15,7 +15,6 @@ from hansa.core import models
 from hansa.core.algorithm import Algorithm
 from hansa.core.data import Examples, FederatedData
 from hansa.core.errors import DataError, InputError
-from hansa.core.folding import plain
 from hansa.core.partition import Partition, Rule
 from hansa.core.randomness import ALONE
 from hansa.core.recipe import CustomModel, Recipe, build, construct, describe, import_object
@@ -23,6 +22,7 @@ from hansa.core.reducer import Collect, Mean, RobustRule
 from hansa.core.schedule import Schedule, Stopping
 from hansa.core.task import LocalSGD, LocalWork, Task, classification, regression
 from hansa.core.weights import Weights, default_weights
+from hansa.strategies import rehearsal
 from hansa.strategies.anarchic import AFACD, AFACS
 from hansa.strategies.backup import Backup
 from hansa.strategies.buffered import Buffered
@@ -248,7 +248,17 @@ def assemble(recipe: Recipe, held: FederatedData | None = None) -> Federation:
     if made.topology is not None:
         made.topology.graph(data.clients)
     if isinstance(recipe.model, CustomModel):
-        _try_out(task, data.train, recipe.model.factory)
+        rehearsal.model(task, data.train, recipe.model.factory)
+    if ":" in recipe.algorithm["name"]:
+        rehearsal.algorithm(
+            algorithm,
+            task,
+            data.train,
+            recipe.algorithm["name"],
+            clients=data.clients,
+            horizon=recipe.stop.rounds,
+            gossip=made.topology is not None,
+        )
     work = LocalWork(epochs=t.epochs, steps=t.steps, batch_size=t.batch_size)
     return Federation(
         recipe=recipe,
@@ -438,36 +448,6 @@ def _model(recipe: Recipe, train: Examples) -> torch.nn.Module:
             "model.factory", config.factory, f"it returned {type(made).__name__}", "return a torch.nn.Module"
         )
     return made
-
-
-def _try_out(task: Task, train: Examples, factory: str) -> None:
-    """A step of a user's model on two examples, to meet its mistakes before the run."""
-    x, y = train.x[:2], train.y[:2]
-    where = "two examples"
-    try:
-        outputs = task.forward(task.initial, x.clone())  # which it may change where they stand
-        _require_outputs(task, outputs, y, factory)
-        where += " in training"
-        if len(x) == 2:
-            with ALONE, torch.random.fork_rng(devices=[]):
-                plain(task, task.initial, {"x": x.clone(), "y": y})
-    except InputError:
-        raise
-    except Exception as error:  # the user's own code
-        problem = f"its model fails on {where} with {type(error).__name__}: {error}"
-        raise InputError("model.factory", factory, problem, "correct the model") from error
-
-
-def _require_outputs(task: Task, outputs: object, y: torch.Tensor, factory: str) -> None:
-    wanted = (*y.shape, task.classes) if task.classes else tuple(y.shape)
-    if not isinstance(outputs, torch.Tensor):
-        found, fits = type(outputs).__name__, False
-    else:
-        found = f"outputs of shape {tuple(outputs.shape)}"
-        fits = outputs.shape == wanted or (not task.classes and outputs.shape == (*wanted, 1))
-    if not fits:
-        problem = f"its model turns two examples into {found}"
-        raise InputError("model.factory", factory, problem, f"make it a tensor of shape {wanted}")
 
 
 def _device(name: str) -> torch.device:
