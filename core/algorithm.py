@@ -129,9 +129,11 @@ class Algorithm(ABC):
         InputError
             With why, and what would work.
         """
-        if self.needs_rounds is not None and not schedule.synchronous:
+        barrier = "there is a barrier between its phases" if len(self.phases) > 1 else None
+        why = self.needs_rounds or barrier
+        if why is not None and not schedule.synchronous:
             name = type(schedule).__name__.lower()
-            raise InputError("schedule.name", name, self.needs_rounds, 'use schedule.name = "rounds"')
+            raise InputError("schedule.name", name, why, 'use schedule.name = "rounds"')
         if self.needs_mean is not None and not self.reducer.linear:
             rule = type(getattr(self.reducer, "rule", self.reducer)).__name__.lower()
             raise InputError("aggregation.rule", rule, self.needs_mean, 'use aggregation.rule = "mean"')

@@ -70,6 +70,11 @@ def test_slots_are_refused_where_there_is_no_server() -> None:
         assemble(recipe(Remembers, topology={"kind": "ring"}))
 
 
+def test_phases_are_refused_where_nobody_waits_for_the_others() -> None:
+    with pytest.raises(InputError, match="there is a barrier between its phases"):
+        assemble(recipe(Remembers, schedule={"name": "buffered", "k": 2, "concurrency": 3}))
+
+
 class NoState(FedAvg):
     def apply(self, *arguments: Any) -> Any:
         super().apply(*arguments)
@@ -116,7 +121,7 @@ class InPlace(FedAvg):
         (NoState, "apply returned NoneType; return the next State"),
         (OneRow, r"the model after apply has \S+ of shape \[1, 64\], not \[10, 64\]"),
         (NoPrivate, r"finish returned dict; return \(update, private\)"),
-        (Misspelt, r"the update has 'HEAD.BIAS'; use the model's names, or your own with a /"),
+        (Misspelt, r"the update has 'LINEAR.BIAS'; use the model's names, or your own with a /"),
         (KeepsMore, r"what finish keeps has 'own/jobs'; return the names that private\(\) has"),
         (Fails, r"begin fails with KeyError: 'control'"),
         (InPlace, r"changes tensors that it was given: \S+; make new ones"),
