@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -72,8 +73,10 @@ class Bank:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             weakref.finalize(self, self._file.close)
         size = _size(self._first)
-        try:  # a page without room on the disk would end the process when it is written to
-            os.posix_fallocate(self._file.fileno(), number * size, size)
+        try:
+            self._file.truncate((number + 1) * size)
+            if sys.platform == "linux":  # writing to a page without room on the disk would end the process
+                os.posix_fallocate(self._file.fileno(), number * size, size)
         except OSError as error:
             raise StorageError(
                 f"clients' private state has no room on the disk ({error.strerror}); make room, or raise "

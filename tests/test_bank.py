@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hansa.core.errors import Interrupted
+from hansa.core.errors import Interrupted, StorageError
 from hansa.core.trees import Tree, nbytes
 from hansa.simulation.bank import PAGE, Bank
 from hansa.simulation.simulator import Simulator
@@ -103,3 +105,15 @@ def test_a_run_does_not_depend_on_where_private_state_lies(
     assert second.resume() == 1
     assert same(second.run().params, expected)
     assert all(same(second.private(client), whole.private(client)) for client in range(6))
+
+
+def test_a_full_disk_is_told_when_a_page_is_made_and_not_by_a_bus_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(StorageError, match=r"No space left on device.*raise engine"):
+        Bank(first(), memory=0, folder=tmp_path).put(0, of(0))
