@@ -76,34 +76,34 @@ def test_phases_are_refused_where_nobody_waits_for_the_others() -> None:
 
 
 class NoState(FedAvg):
-    def apply(self, *arguments: Any) -> Any:
-        super().apply(*arguments)
+    def apply(self, *arguments: Any, **named: Any) -> Any:
+        super().apply(*arguments, **named)
 
 
 class OneRow(FedAvg):
-    def apply(self, *arguments: Any) -> State:
-        state = super().apply(*arguments)
+    def apply(self, *arguments: Any, **named: Any) -> State:
+        state = super().apply(*arguments, **named)
         return dataclasses.replace(state, params={n: each[:1] for n, each in state.params.items()})
 
 
 class NoPrivate(FedAvg):
-    def finish(self, *arguments: Any) -> Any:
-        return super().finish(*arguments)[0]
+    def finish(self, *arguments: Any, **named: Any) -> Any:
+        return super().finish(*arguments, **named)[0]
 
 
 class Misspelt(FedAvg):
-    def finish(self, *arguments: Any) -> tuple[Tree, Tree]:
-        update, private = super().finish(*arguments)
+    def finish(self, *arguments: Any, **named: Any) -> tuple[Tree, Tree]:
+        update, private = super().finish(*arguments, **named)
         return {name.upper(): each for name, each in update.items()}, private
 
 
 class KeepsMore(FedAvg):
-    def finish(self, *arguments: Any) -> tuple[Tree, Tree]:
-        return super().finish(*arguments)[0], {"own/jobs": torch.ones(())}
+    def finish(self, *arguments: Any, **named: Any) -> tuple[Tree, Tree]:
+        return super().finish(*arguments, **named)[0], {"own/jobs": torch.ones(())}
 
 
 class Fails(FedAvg):
-    def begin(self, *arguments: Any) -> Carry:
+    def begin(self, *arguments: Any, **named: Any) -> Carry:
         raise KeyError("control")
 
 
