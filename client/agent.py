@@ -351,7 +351,8 @@ class Agent:
             self._tell(task, pb.Failure.FAILED, str(error))
         except Exception as error:  # whatever training may raise
             log.exception("a job failed")
-            self._tell(task, pb.Failure.FAILED, f"{type(error).__name__}: {error}")
+            why = f"{type(error).__name__}; this agent's log says more"  # which may quote the data
+            self._tell(task, pb.Failure.FAILED, why)
         finally:
             if self._tasks.get(task.lease) is task:
                 del self._tasks[task.lease]

@@ -34,7 +34,7 @@ def check(config: Config) -> Iterator[tuple[str, str | None]]:
 
 def _state(config: Config) -> str | None:
     try:
-        config.state.mkdir(parents=True, exist_ok=True)
+        config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         probe = config.state / ".probe"
         probe.write_bytes(b"")
         probe.unlink()
@@ -43,8 +43,8 @@ def _state(config: Config) -> str | None:
     free = shutil.disk_usage(config.state).free
     if free < _ROOM:
         return f"{config.state} has {free >> 20} MB left; make room, or set `state` to another disk"
-    if os.stat(config.state).st_mode & 0o002:
-        return f"{config.state} can be written by everybody; `chmod o-w {config.state}`"
+    if os.stat(config.state).st_mode & 0o007:
+        return f"{config.state} is open to everybody; `chmod o= {config.state}`"
     return None
 
 

@@ -70,8 +70,8 @@ class Outbox:
     def __init__(self, state: Path) -> None:
         self._private, self._outbox = state / "private", state / "outbox"
         try:
-            for folder in (self._private, self._outbox):
-                folder.mkdir(parents=True, exist_ok=True)
+            for folder in (state, self._private, self._outbox):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it tells of the examples
         except OSError as error:
             raise RunError(
                 f"{state}: it cannot be written ({error.strerror}); see its permissions"

@@ -124,7 +124,7 @@ def _code_digest(path: str) -> str | None:
     """SHA-256 of the file that an import would run."""
     module = path.rpartition(":")[0]
     if module.endswith(".py"):
-        file: Path | None = Path(module)
+        file: Path | None = Path(module).expanduser()
     else:
         try:
             spec = importlib.util.find_spec(module)

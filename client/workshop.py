@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import structlog
 import torch
 
 from hansa.client.outbox import Entry, Outbox, entry
@@ -28,6 +29,8 @@ from hansa.strategies.local import Data, Work, train
 
 Precision = Literal["full", "bf16"]
 _KEPT = 4  # assembled federations
+
+_log = structlog.get_logger(__name__)
 
 
 class Workshop:
@@ -154,7 +157,12 @@ class Workshop:
         if isinstance(recipe.data, CsvData) and self._own.get("source") == "csv":
             named["feature_names"] = recipe.data.feature_names
         own = parse(raw | {"data": {**self._own, **named}})
-        train, test = load(own.data, own.seed)
+        try:
+            train, test = load(own.data, own.seed)
+        except DataError as error:  # it may quote the data, and what a job fails with is told to others
+            _log.error("the data here does not suit a recipe", reason=str(error))
+            why = f"{error.field}: the data here does not suit this recipe; this agent's log says why"
+            raise RunError(why) from error
         held = FederatedData(
             train=train,
             test=test,

@@ -47,6 +47,8 @@ def _shown(value: object) -> str:
     match value:
         case bool():
             return str(value).lower()
+        case int() if value.bit_length() > 1000:
+            text = hex(value)  # Python writes no decimals of so many digits
         case list() | tuple():
             text = f"[{', '.join(map(_shown, value))}]"
         case dict():

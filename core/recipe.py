@@ -92,7 +92,7 @@ class TrainConfig(_Section):
 class StopConfig(_Section):
     """When the run ends: whichever comes first."""
 
-    rounds: int = Field(default=40, ge=1, description="steps of the hub")
+    rounds: int = Field(default=40, ge=1, le=10**9, description="steps of the hub")
     time: float | None = Field(default=None, gt=0, description="virtual seconds")
     target: float | None = Field(
         default=None, description="headline accuracy, or minus the loss where there is none, at which to stop"
@@ -156,7 +156,7 @@ class Recipe(_Section):
         title="letters, digits, dots, hyphens and underscores",
         description="names the run directory; by default after the data: its file, or its source",
     )
-    seed: int = Field(default=0, ge=0, description="names every random draw of the run")
+    seed: int = Field(default=0, ge=0, lt=2**128, description="names every random draw of the run")
     data: DataConfig = DigitsData()
     partition: PartitionConfig = DirichletPartition(clients=20, alpha=0.3)
     model: Annotated[ModelConfig | CustomModel, Field(discriminator="name")] = MLPConfig()

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+import numpy as np
 import structlog
 
 from hansa.core.trees import Tree
@@ -43,6 +43,7 @@ Code = grpc.StatusCode
 A = TypeVar("A")
 B = TypeVar("B")
 
+_LOSS = float(np.finfo(np.float32).max)  # of a client, so that a mean over all of them is a number
 _EVALUATES = 2  # minor version of the protocol from which on agents evaluate
 
 _log = structlog.get_logger(__name__)
@@ -133,6 +134,7 @@ class Agents(AgentsServicer):
             await self._refuse(context, Code.FAILED_PRECONDITION, name, reason)
         if len(hello.holding) > 100_000 or hello.seats.of > 1_000_000 or len(hello.seats.clients) > 100_000:
             await self._refuse(context, Code.INVALID_ARGUMENT, name, "the hello is too long")
+        hello.device, hello.hansa, hello.torch = map(_printable, (hello.device, hello.hansa, hello.torch))
         attendant = Attendant(caller().identity, hello, self._office.roster)
         attendant.out.put_nowait(
             pb.ToAgent(welcome=pb.Welcome(version=version(), heartbeat=self._limits.heartbeat, name=name))
@@ -222,7 +224,7 @@ class Agents(AgentsServicer):
         }
         if (
             scores.examples > self._limits.examples
-            or not math.isfinite(scores.loss)
+            or not abs(scores.loss) <= _LOSS
             or (right is not None and not 0 <= right <= scores.examples)
         ):
             self._office.roster.refused(attendant.name)
@@ -366,8 +368,8 @@ class Agents(AgentsServicer):
             return f"{manifest.examples} examples; 1 to {limits.examples} are believed"
         if manifest.steps > limits.steps:
             return f"{manifest.steps} steps; at most {limits.steps} are believed"
-        if not math.isfinite(manifest.loss):
-            return "the loss is not finite"
+        if not abs(manifest.loss) <= _LOSS:
+            return "the loss is not finite in single precision"
         return None
 
     async def _take(

@@ -136,7 +136,7 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
         When the authority's folder cannot be used.
     """
     authority = Authority(config.pki) if config.pki is not None else None
-    lock = _lead(config.data)
+    lock = _lead(config.data, config.runs)
     artefacts = Artefacts(config.data / "artefacts")
     url = config.database or f"sqlite:///{(config.data / 'events.db').absolute()}"
     try:
@@ -154,6 +154,7 @@ async def coordinator(config: Config, *, over: Callable[[Over], None] = lambda _
         code=config.code,
         sources=config.sources,
         roster=roster,
+        largest=limits.update,
     )
     guard = (
         Guard(RULES, None, insecure=True, most=limits.calls)
@@ -241,10 +242,11 @@ async def serve(config: Config) -> None:
             raise why
 
 
-def _lead(folder: Path) -> int:
-    """Take the lock of a data folder."""
+def _lead(folder: Path, runs: Path) -> int:
+    """Take the lock of a data folder; what is made here is for its owner's eyes, for it holds models."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for each in (runs, folder):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise RunError(f"{folder}: it cannot be written ({error.strerror})") from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from io import BytesIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import grpc
 import structlog
@@ -107,13 +108,14 @@ class Control(ControlServicer):
         found = await self._any(request.id, context)
         path = self._folder / found.id / "model.safetensors"
         if path.is_file():
-            data = await asyncio.to_thread(path.read_bytes)
+            model: BinaryIO = path.open("rb")
         elif isinstance(found, Run):
-            data = (await found.newest()).data
+            model = BytesIO((await found.newest()).data)
         else:
             await _abort(context, Code.NOT_FOUND, f"{found.id}: it ended without a model")
-        for offset in range(0, len(data), PIECE):
-            await context.write(pb.Piece(offset=offset, data=data[offset : offset + PIECE]))
+        with model:  # a piece at a time: many may ask, and be slow to listen
+            while data := await asyncio.to_thread(model.read, PIECE):
+                await context.write(pb.Piece(offset=model.tell() - len(data), data=data))
 
     async def Ask(self, request: pb.Question, context: Context) -> pb.Answer:  # noqa: N802
         """What a run's record answers."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 import secrets
 import shutil
 import tomllib
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,13 +26,20 @@ from hansa.server.events import EventLog, RunRow
 from hansa.server.past import Past
 from hansa.server.roster import Roster
 from hansa.server.runs import Run
-from hansa.strategies.catalog import Federation, assemble, imports, resolved
+from hansa.strategies.catalog import Federation, assemble, divided, imports, resolved
 
 if TYPE_CHECKING:
     from hansa.server.agents import Attendant
 
 _SUBMITTING = 8.0  # seconds that a full disk or an absent database may delay a submission
 _KEY_LIMIT = 200
+_TEXT_LIMIT = 1 << 20  # characters of a recipe
+_MADE_UP = 100_000_000  # numbers of a source that makes its examples up
+_DEEP = (
+    re.compile(  # tables within tables, for which a reader of TOML takes time by the square of their depth
+        r"""(?<![\w-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}"""
+    )
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -44,6 +53,7 @@ class Office:
     grace: seconds that an agent may be gone before its jobs are lost.
     code: what recipes may import (``package.module:Class``); nothing by default.
     sources: folders whose files recipes may read, and data sets of the hub; none by default.
+    largest: bytes of a model, and of its update.
 
     Attributes
     ----------
@@ -60,15 +70,16 @@ class Office:
         code: Collection[str] = (),
         sources: Collection[str] = (),
         roster: Roster | None = None,
+        largest: int | None = None,
     ) -> None:
         self.artefacts, self.roster = artefacts, roster or Roster()
         self._events, self._folder, self._grace = log, folder, grace
-        self._code, self._sources = code, sources
+        self._code, self._sources, self._largest = code, sources, largest
         self._runs: dict[str, Run] = {}
         self._past: dict[str, Past] = {}
         self._keys: dict[str, str] = {}
         self._agents: dict[str, Attendant] = {}
-        self._submitting = asyncio.Lock()
+        self._submitting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by owner
 
     # Runs.
 
@@ -101,7 +112,7 @@ class Office:
         StorageError
             When it cannot be recorded now.
         """
-        async with self._submitting:
+        async with self._submitting[owner]:  # a recipe that takes long holds up nobody else
             key = key and f"{owner}/{key}"
             if key and key in self._keys:
                 known = self._keys[key]
@@ -114,10 +125,14 @@ class Office:
         return run
 
     def _drawn_up(self, toml: str, wait_for: int, key: str, owner: str) -> tuple[RunRow, Federation]:
+        if len(toml) > _TEXT_LIMIT or _DEEP.search(toml):
+            problem = f"it has more than {_TEXT_LIMIT} characters, or 64 tables within one another"
+            raise InputError("recipe", None, problem, "name large things by files")
         try:
-            recipe = parse(tomllib.loads(toml))
-        except tomllib.TOMLDecodeError as error:
+            raw = tomllib.loads(toml)
+        except (ValueError, RecursionError) as error:
             raise InputError("recipe", None, f"it is not TOML: {error}", "correct that line") from error
+        recipe = parse(raw)
         if len(key) > _KEY_LIMIT or not key.isprintable():
             raise InputError("key", key, "it is no key", f"use up to {_KEY_LIMIT} letters and digits")
         self._require_permitted(recipe)  # before anything that would import or read
@@ -181,8 +196,9 @@ class Office:
         return run
 
     def _assembled(self, recipe: Recipe) -> Federation:
+        held = divided(recipe)
         with ALONE:
-            return assemble(recipe)
+            return assemble(recipe, held, largest=self._largest)
 
     def _opened(self, row: RunRow, federation: Federation) -> Run:
         return Run(row, federation, self._folder / row.id, self._events, self.artefacts)
@@ -207,6 +223,14 @@ class Office:
                     "a coordinator reads no file because a recipe says so",
                     "have its administrator add its folder to `sources` of the coordinator's configuration",
                 )
+
+        if recipe.data.numbers > _MADE_UP:
+            raise InputError(
+                "data.examples",
+                None,
+                f"{recipe.data.numbers:.3g} numbers would be made up here, and {_MADE_UP:.0e} may be",
+                "use fewer examples or features",
+            )
 
     def _readable(self, path: str) -> bool:
         """Links and dots are followed first."""

@@ -172,10 +172,17 @@ def parts(recipe: Recipe) -> Parts:
     return Parts(algorithm=algorithm, schedule=schedule, topology=topology)
 
 
-def assemble(recipe: Recipe, held: FederatedData | None = None) -> Federation:
+def divided(recipe: Recipe) -> FederatedData:
+    """Load a recipe's data, and divide it."""
+    train, test = core_data.load(recipe.data, recipe.seed)
+    return core_data.partition(recipe.partition, train, test, recipe.seed)
+
+
+def assemble(recipe: Recipe, held: FederatedData | None = None, *, largest: int | None = None) -> Federation:
     """Load the data, divide it, make the model, and check the whole.
 
     ``held`` is what a site holds, instead of the recipe's data: of all clients, some have nothing there.
+    ``largest`` is as for :func:`hansa.core.models.build`.
 
     Raises
     ------
@@ -185,17 +192,14 @@ def assemble(recipe: Recipe, held: FederatedData | None = None) -> Federation:
     made = parts(recipe)
     device = _device(recipe.engine.device)
     dtype = getattr(torch, recipe.engine.dtype)
-    if held is None:
-        train, test = core_data.load(recipe.data, recipe.seed)
-        held = core_data.partition(recipe.partition, train, test, recipe.seed)
-    data = _placed(held, dtype, device)
+    data = _placed(divided(recipe) if held is None else held, dtype, device)
     rules = (
         *(Rule(select, "shared") for select in recipe.parameters.shared),
         *(Rule(select, "local") for select in recipe.parameters.local),
         *(Rule(select, "frozen") for select in recipe.parameters.frozen),
     )
     partition = made.algorithm.partition
-    module = _model(recipe, data.train)
+    module = _model(recipe, data.train, largest)
     if made.algorithm.partition.rules and not _has_layers(module, partition):
         partition = Partition()
     t = recipe.train
@@ -430,11 +434,11 @@ def _has_layers(module: torch.nn.Module, partition: Partition) -> bool:
     return True
 
 
-def _model(recipe: Recipe, train: Examples) -> torch.nn.Module:
+def _model(recipe: Recipe, train: Examples, largest: int | None) -> torch.nn.Module:
     outputs = len(train.classes) if train.classes is not None else train.y[0].numel()
     config = recipe.model
     if not isinstance(config, CustomModel):
-        return models.build(config, sample=train.x[0], outputs=outputs, seed=recipe.seed)
+        return models.build(config, sample=train.x[0], outputs=outputs, seed=recipe.seed, largest=largest)
     factory = import_object(config.factory, "model.factory")
     with ALONE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -453,7 +457,7 @@ def _model(recipe: Recipe, train: Examples) -> torch.nn.Module:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" makes tensors, with nothing in them
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             "engine.device", name, "this machine has no such device", 'use engine.device = "cpu"'

@@ -35,6 +35,7 @@ from hansa.server.trust import (
     Authority,
     Guard,
     Renewal,
+    enrolment,
     enrolment_server,
     server_credentials,
 )
@@ -238,6 +239,25 @@ def test_a_token_that_is_not_open_is_refused(
     assert not authority.members()
 
 
+def test_calls_that_say_nothing_do_not_keep_the_port_of_joining(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody without a token opens as many as there may be; connections are soon old here."""
+    soon = [(name, 500 if "connection_age" in name else value) for name, value in enrolment._OPTIONS]
+    monkeypatch.setattr(enrolment, "_OPTIONS", soon)
+
+    async def act(coordinator: Coordinator) -> Joined:
+        credentials = trust.first_contact_credentials(authority.certificate)
+        async with grpc.aio.secure_channel(coordinator.enrolment, credentials) as channel:
+            method: Any = channel.stream_stream("/hansa.v1.Enrolment/Enrol")
+            calls = [method() for _ in range(20)]
+            assert len({await each.code() for each in calls} - {grpc.StatusCode.OK}) > 0
+        token = authority.issue("clinic-3", Role.AGENT, HOURS)
+        return await coordinator.join(token, tmp_path / "clinic")
+
+    assert with_coordinator(authority, act).identity.name == "clinic-3"
+
+
 def test_a_coordinator_of_another_authority_never_sees_the_token(
     authority: Authority, tmp_path: Path
 ) -> None:
@@ -412,7 +432,11 @@ def test_a_certificate_renewed_by_two_keys_shows_a_theft(authority: Authority, t
     assert again.serial_number == thief.serial_number  # a repeated request, not a second certificate
     with pytest.raises(TrustError, match=r"two machines use it, or its key was stolen; .* revoke clinic-3"):
         authority.renew(holder, trust.request(tmp_path / "clinic"))
+    for _ in range(3):  # whoever holds it may ask for ever, and fills no log
+        with pytest.raises(TrustError, match="was renewed already"):
+            authority.renew(holder, trust.request(tmp_path / "clinic"))
     assert actions(authority)[-1] == "certificate.renewed-twice"
+    assert actions(authority).count("certificate.renewed-twice") == 1
     revoked = authority.revoke("clinic-3", "stolen")
     assert {each.serial for each in revoked} == {holder.serial, f"{thief.serial_number:x}"}
 

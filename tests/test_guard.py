@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import logging
 import pkgutil
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -33,11 +34,13 @@ from hansa.server.trust import (
     RefusalLog,
     Refused,
     caller,
+    denylist,
     guard,
     insecure_port,
     server_credentials,
     uncovered,
 )
+from hansa.server.trust.denylist import DenyList
 from hansa.server.trust.rules import methods
 
 pytestmark = pytest.mark.usefixtures("no_pickle")
@@ -354,6 +357,68 @@ def test_a_revoked_stream_on_which_nobody_speaks_is_closed(
 
     said = federation.serve(act)
     assert all(each.startswith("UNAUTHENTICATED") and "is revoked" in each for each in said), said
+
+
+@pytest.mark.parametrize("method", ["Show", "Watch"])
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "open"])
+def test_a_call_whose_message_does_not_come_is_ended(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, method: str, ended: bool
+) -> None:
+    monkeypatch.setattr(guard, "_SILENCE", 0.05)
+
+    async def act(runs: Runs, channel: Channels) -> str:
+        call = channel("ada").stream_stream(f"/test.Runs/{method}")(timeout=600)
+        if ended:
+            await call.done_writing()
+        code = await call.code()
+        assert not runs.reached
+        return f"{code.name}: {await call.details()}"
+
+    said = federation.serve(act)
+    assert said == (
+        "INVALID_ARGUMENT: this call has no message"
+        if ended
+        else "DEADLINE_EXCEEDED: its message did not come within 0.05 s"
+    )
+
+
+def test_whoever_reads_the_deny_list_late_does_not_bring_the_old_one_back(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread has read the list; before it is done, somebody is added and another thread reads that."""
+    path, identities = federation.authority.denied.path, federation.identities
+    federation.authority.denied.add([identities["olga"]], "before", federation.now())
+    read, proceed, turn = threading.Event(), threading.Event(), threading.local()
+
+    def slow(line: str) -> tuple[str, str]:
+        if getattr(turn, "late", False):
+            read.set()
+            assert proceed.wait(600)
+        return genuine(line)
+
+    class Halting(DenyList):
+        def __setattr__(self, name: str, value: Any) -> None:
+            """What the late thread found is put in place between what the other one changes."""
+            super().__setattr__(name, value)
+            if read.is_set() and not getattr(turn, "late", False) and not proceed.is_set():
+                proceed.set()
+                late.join()
+
+    genuine = denylist._read
+    monkeypatch.setattr(denylist, "_read", slow)
+    denied = Halting(path)
+
+    def look() -> None:
+        turn.late = True
+        denied.reason("0")
+
+    late = threading.Thread(target=look)
+    late.start()
+    assert read.wait(600)
+    denied.add([identities["clinic"]], "stolen", federation.now())
+    denied.reason("0")
+    late.join()
+    assert denied.reason(identities["clinic"].serial) == "stolen"
 
 
 def test_a_stream_ends_with_its_certificate(federation: Federation) -> None:

@@ -32,6 +32,11 @@ class _Source(_Config):
         description="Classes in the order of their numbers, present or not; by default those that occur.",
     )
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers are made up, where they are."""
+        return 0
+
     FILES: ClassVar[tuple[str, ...]] = ()
     """Fields that name files, folders, or data sets of a hub."""
 
@@ -208,6 +213,11 @@ class SyntheticFeatureShift(_Synthetic):
         default=1.0, ge=0, description="How far the domains lie apart; 0 makes them alike."
     )
 
+    @property
+    def numbers(self) -> int:
+        """Those of the examples, and of what they are drawn from."""
+        return (self.domains * self.examples + self.classes + self.features) * self.features
+
 
 class SyntheticLabelShift(_Synthetic):
     """The same clusters in every group, but each group has its own mixture of classes, Dirichlet(alpha)."""
@@ -220,6 +230,11 @@ class SyntheticLabelShift(_Synthetic):
     alpha: float = Field(
         default=0.5, gt=0, description="Concentration: the smaller, the less alike the groups."
     )
+
+    @property
+    def numbers(self) -> int:
+        """Those of the examples, and of what they are drawn from."""
+        return (self.groups * self.examples + self.classes) * self.features + self.groups * self.classes
 
 
 DataConfig = Annotated[

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from hansa.core.errors import InputError
 
+MOST = 10**6
+"""Units of a layer."""
+
 
 class ModelSpec(BaseModel, ABC):
     """Configuration of one model; it knows how to lay out its own module."""

@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from hansa.core.models.base import ModelSpec, SplitModel, image_size
+from hansa.core.models.base import MOST, ModelSpec, SplitModel, image_size
 
-_Width = Annotated[int, Field(ge=1)]
+_Width = Annotated[int, Field(ge=1, le=MOST)]
 
 
 def _stage(inputs: int, width: int, *, norm: bool = False, pool: bool = True) -> nn.Sequential:

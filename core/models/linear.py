@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from hansa.core.models.base import ModelSpec, SplitModel, vector_size
+from hansa.core.models.base import MOST, ModelSpec, SplitModel, vector_size
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 _NORMS: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
@@ -35,8 +35,11 @@ class MLPConfig(ModelSpec):
     """
 
     name: Literal["mlp"] = "mlp"
-    hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(64,), min_length=1, description="Width of each hidden layer; the last feeds the head."
+    hidden: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] = Field(
+        default=(64,),
+        min_length=1,
+        max_length=1000,
+        description="Width of each hidden layer; the last feeds the head.",
     )
     activation: Literal["relu", "tanh", "gelu"] = Field(
         default="relu", description="Non-linearity after each hidden layer."

@@ -14,6 +14,7 @@ from hansa.core.models.linear import LogisticConfig, MLPConfig
 from hansa.core.models.resnet import ResNet18Config
 from hansa.core.models.transformer import CharTransformerConfig
 from hansa.core.randomness import ALONE, torch_generator
+from hansa.core.trees import nbytes
 
 ModelConfig: TypeAlias = Annotated[
     LogisticConfig | MLPConfig | LeafCNNConfig | DigitsCNNConfig | ResNet18Config | CharTransformerConfig,
@@ -21,7 +22,9 @@ ModelConfig: TypeAlias = Annotated[
 ]
 
 
-def build(config: ModelConfig, *, sample: Tensor, outputs: int, seed: int) -> nn.Module:
+def build(
+    config: ModelConfig, *, sample: Tensor, outputs: int, seed: int, largest: int | None = None
+) -> nn.Module:
     """Build the configured model on the CPU, in training mode, with parameters named by the seed.
 
     The same seed gives the same parameters bit for bit; torch's global generators are left as they were.
@@ -37,15 +40,27 @@ def build(config: ModelConfig, *, sample: Tensor, outputs: int, seed: int) -> nn
         Classes, vocabulary size, or regression targets.
     seed:
         The run's seed.
+    largest:
+        Bytes of parameters, as float32, beyond which a model is refused before any memory is taken.
 
     Raises
     ------
     InputError
-        The model cannot take such examples, or ``outputs`` is not positive.
+        The model cannot take such examples, or is too large, or ``outputs`` is not positive.
     """
     if outputs < 1:
         raise InputError("outputs", outputs, "a model needs at least one output", "set it to 1 or more")
     # Only the CPU generator is seeded and restored; torch.manual_seed would touch every device's.
     with ALONE, torch.random.fork_rng(devices=()), torch.device("cpu"):
+        if largest is not None:
+            with torch.device("meta"):  # shapes alone
+                size = nbytes(config.assemble(sample, outputs).state_dict())
+            if size > largest:
+                raise InputError(
+                    "model.name",
+                    config.name,
+                    f"it has {size:.3g} bytes, more than {largest}",
+                    "make it smaller",
+                )
         torch.default_generator.manual_seed(torch_generator(seed, "model").initial_seed())
         return config.assemble(sample, outputs)

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hansa.core.models.base import ModelSpec, SplitModel, image_size
+from hansa.core.models.base import MOST, ModelSpec, SplitModel, image_size
 
 Norm = Literal["group", "batch"]
 
@@ -65,6 +65,7 @@ class ResNet18Config(ModelSpec):
         # values: normalised, they are 0 or ±1 whatever the image.
         default=64,
         ge=16,
+        le=MOST,
         description="Channels of the first stage; 64 is the published model.",
     )
 

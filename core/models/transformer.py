@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from hansa.core.errors import InputError
-from hansa.core.models.base import ModelSpec, SplitModel, describe
+from hansa.core.models.base import MOST, ModelSpec, SplitModel, describe
 
 _INITIAL_DEVIATION = 0.02
 
@@ -76,9 +76,9 @@ class CharTransformerConfig(ModelSpec):
     """Decoder-only transformer over characters; the length of an example is its context."""
 
     name: Literal["char_transformer"] = "char_transformer"
-    layers: int = Field(default=2, ge=1, description="Transformer blocks.")
+    layers: int = Field(default=2, ge=1, le=1000, description="Transformer blocks.")
     heads: int = Field(default=4, ge=1, description="Attention heads; they divide the width.")
-    width: int = Field(default=64, ge=1, description="Features of a token, d.")
+    width: int = Field(default=64, ge=1, le=MOST, description="Features of a token, d.")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

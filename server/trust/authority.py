@@ -74,6 +74,7 @@ class Authority:
         self.denied = DenyList(folder / "revoked.jsonl")
         self.registry = Registry(folder / "registry.db")
         self._lock = threading.Lock()
+        self._stolen = set[str]()  # serials of which the audit log was told; whoever has one may ask for ever
 
     @classmethod
     def create(
@@ -228,9 +229,10 @@ class Authority:
                 known = self.registry.certificate(at, old.successor)
                 if known is not None and known.key == key_digest(key):
                     return x509.load_der_x509_certificate(known.der)
-                self._log(
-                    holder.name, "certificate.renewed-twice", holder.serial, {"successor": old.successor}
-                )
+                if holder.serial not in self._stolen:
+                    successor = {"successor": old.successor}
+                    self._log(holder.name, "certificate.renewed-twice", holder.serial, successor)
+                    self._stolen.add(holder.serial)
                 raise TrustError(
                     f"certificate {holder.serial} of {holder} was renewed already, for another key: two "
                     f"machines use it, or its key was stolen; `hansa pki revoke {holder.name}`, then join "

@@ -23,8 +23,8 @@ class DenyList:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._seen: tuple[int, int, int] | None = None
-        self._reasons: dict[str, str] = {}
+        self._known: tuple[tuple[int, int, int] | None, dict[str, str]] = None, {}
+        # One value, put in its place at once: threads read the file, too.
 
     def reason(self, serial: str) -> str | None:
         """Why a certificate is refused; ``None`` where it is not.
@@ -37,14 +37,15 @@ class DenyList:
         try:
             found = os.stat(self.path)
             seen = (found.st_size, found.st_mtime_ns, found.st_ino)
-            if seen != self._seen:
-                self._reasons = dict(map(_read, self.path.read_text().splitlines()))
-                self._seen = seen
+            known, reasons = self._known
+            if seen != known:
+                reasons = dict(map(_read, self.path.read_text().splitlines()))
+                self._known = seen, reasons
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrustError(
                 f"{self.path}: the deny-list cannot be read ({error}), so nobody is let in; restore the file"
             ) from None
-        return self._reasons.get(serial)
+        return reasons.get(serial)
 
     def add(self, revoked: Iterable[Identity], reason: str, now: datetime) -> None:
         """Refuse these certificates; on the disk when this returns.

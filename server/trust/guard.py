@@ -37,6 +37,7 @@ _LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
 _EPOCH, _FOREVER = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 SWEEP = 2.0
 """Seconds between two looks at the certificates of all calls that are open."""
+_SILENCE = 30.0  # seconds until the message of a call that has one is there
 NAME_KEY, ROLE_KEY = "hansa-name", "hansa-role"
 
 Unauthenticated, Forbidden = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
@@ -158,27 +159,30 @@ class Guard(grpc.aio.ServerInterceptor):
         return None if handler is None else self._guarded(str(handler_call_details.method), handler)
 
     def _guarded(self, method: str, handler: Any) -> Any:
-        kind = f"{_arity(handler.request_streaming)}_{_arity(handler.response_streaming)}"
-        inner = getattr(handler, kind)
+        after = _arity(handler.response_streaming)
+        inner = getattr(handler, f"{_arity(handler.request_streaming)}_{after}")
 
-        async def once(request: Any, context: Any) -> Any:
+        # Taken as a stream, every call counts from when it is opened, whether it ever says something or not.
+        async def once(requests: Any, context: Any) -> Any:
             made: Caller | None = None
             try:
                 made = self._admit(method, context)
-                request = self._watched(request, made) if handler.request_streaming else _legible(request)
                 with self._swept(made):
+                    messages = self._watched(requests, made)
+                    request = messages if handler.request_streaming else await _only(messages)
                     answer = await inner(request, _Watched(context, made, self._still))
                 made._settled()
                 return answer
             except Refused as refused:
                 await self._refuse(made, method, refused, context)
 
-        async def many(request: Any, context: Any) -> AsyncIterator[Any]:
+        async def many(requests: Any, context: Any) -> AsyncIterator[Any]:
             made: Caller | None = None
             try:
                 made = self._admit(method, context)
-                request = self._watched(request, made) if handler.request_streaming else _legible(request)
                 with self._swept(made):
+                    messages = self._watched(requests, made)
+                    request = messages if handler.request_streaming else await _only(messages)
                     async for answer in inner(request, _Watched(context, made, self._still)):
                         made._settled()
                         self._still(made.identity)
@@ -189,7 +193,7 @@ class Guard(grpc.aio.ServerInterceptor):
         if not inspect.isasyncgenfunction(inner) and not inspect.iscoroutinefunction(inner):
             return None  # the stub's own body, where a servicer leaves a method out: UNIMPLEMENTED
         outer = many if inspect.isasyncgenfunction(inner) else once
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        make = getattr(grpc, f"stream_{after}_rpc_method_handler")
         return make(outer, _careful(handler.request_deserializer), handler.response_serializer)
 
     def _admit(self, method: str, context: Any) -> Caller:
@@ -338,6 +342,18 @@ def _legible(message: Any) -> Any:
     if message is _GARBLED:
         raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "these bytes are no message of this protocol")
     return message
+
+
+async def _only(messages: AsyncIterator[Any]) -> Any:
+    """The message of a call that has one."""
+    try:
+        async with asyncio.timeout(_SILENCE):
+            async for message in messages:
+                return message
+    except TimeoutError:
+        why = f"its message did not come within {_SILENCE:g} s"
+        raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, why) from None
+    raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "this call has no message")
 
 
 def _told(context: Any, rule: Mapping[Role, Reach]) -> Identity:

@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import hashlib
 import socket
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import structlog
 import torch
 from floor import Floor, checked, end, play, small, submit
 
@@ -316,7 +318,7 @@ def test_agents_with_data_of_their_own(floor: Floor, weights: Mapping[str, Any])
 @pytest.mark.parametrize(
     ("table", "problem"),
     [
-        ("a,b,y\n1,2,no\n2,1,yes\n3,5,no\n5,3,yes\n", "the data has a class 'no', which is not among them"),
+        ("a,b,y\n1,2,no\n2,1,yes\n3,5,no\n5,3,yes\n", "data.class_names: the data here does not suit this"),
         ("a,b,y\n1,2,3\n2,1,4\n3,5,3\n5,3,4\n", "give this site's examples the features of the others'"),
     ],
     ids=["classes", "features"],
@@ -329,6 +331,30 @@ def test_data_that_is_not_the_federations_is_refused(floor: Floor, table: str, p
     own = {"source": "csv", "path": str(floor.folder / "site.csv"), "target": "y"}
 
     assert problem in of_sites(floor, recipe, own).reason
+
+
+def test_what_a_site_cannot_read_is_quoted_in_its_own_log_alone(floor: Floor) -> None:
+    recipe = small(
+        model={"name": "logistic"}, partition={"kind": "iid", "clients": 1}, schedule={"cohort": 1}
+    )
+    (floor.folder / "site.csv").write_text("a,b,y\n1,Mrs Smith,0\n2,1,1\n3,5,0\n5,3,1\n")
+    own = {"source": "csv", "path": str(floor.folder / "site.csv"), "target": "y"}
+
+    with structlog.testing.capture_logs() as said:
+        status = of_sites(floor, recipe, own)
+    assert "this agent's log says why" in status.reason
+    quoting = {each["event"] for each in said if "Mrs Smith" in str(each)}
+    assert quoting == {"the data here does not suit a recipe"}
+
+
+def test_what_an_agent_and_a_coordinator_keep_is_for_their_owners_eyes(floor: Floor) -> None:
+    async def scene() -> None:
+        async with floor.coordinator() as control, floor.agents(1):
+            await end(control, await submit(control, small(stop={"rounds": 1})))
+
+    play(scene())
+    for folder in (floor.folder / "a0", floor.data, floor.runs):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_features_of_a_site_are_the_coordinators_in_whatever_order_it_has_them(floor: Floor) -> None:

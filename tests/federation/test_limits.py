@@ -83,7 +83,7 @@ def test_an_agent_that_calls_without_end_is_refused_and_the_others_train(floor: 
     assert checked(floor, play(scene())).updates == 4 * 4
 
 
-@pytest.mark.parametrize("method", ["Attend", "Upload"])
+@pytest.mark.parametrize("method", ["Attend", "Upload", "Download"])
 def test_an_agent_that_opens_calls_and_says_nothing_leaves_room_for_the_others(
     floor: Floor, method: str
 ) -> None:
@@ -91,7 +91,9 @@ def test_an_agent_that_opens_calls_and_says_nothing_leaves_room_for_the_others(
         async with AsyncExitStack() as stack:
             control = await stack.enter_async_context(floor.coordinator(calls=20))
             stub = floor.stub(stack)
-            calls = [getattr(stub, method)(metadata=named("mute")) for _ in range(50)]
+            channel = await stack.enter_async_context(floor.channel("mute"))
+            opened: Any = channel.stream_stream(f"/hansa.v1.Agents/{method}")
+            calls = [opened(metadata=named("mute")) for _ in range(50)]
             await until(lambda: sum(call.done() for call in calls) == 30)
             refused = [call for call in calls if call.done()]
             assert {await call.code() for call in refused} == {EXHAUSTED}

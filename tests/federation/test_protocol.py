@@ -136,6 +136,7 @@ BAD_FACTS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "a weight beyond belief": ({"examples": 10**12}, "are believed"),
     "steps beyond belief": ({"steps": 2**31}, "are believed"),
     "a loss that is no number": ({"loss": math.nan}, "not finite"),
+    "a loss whose mean is none": ({"loss": -1e308}, "not finite"),
     "a digest that is a path": ({"update": pb.Blob(digest="../" * 21 + "x", size=100)}, "no SHA-256"),
     "two gigabytes": ({"update": pb.Blob(digest="0" * 64, size=2 << 30)}, "at most"),
 }
