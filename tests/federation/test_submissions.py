@@ -13,7 +13,7 @@ from hansa.core.data import FederatedData
 from hansa.core.recipe import Recipe
 from hansa.core.wire import federation_pb2 as pb
 from hansa.core.wire import version
-from hansa.server import office
+from hansa.strategies.catalog import divided
 
 HARMFUL = {
     "more rounds than a message can tell": (f"[stop]\nrounds = {2**32}", "stop.rounds"),
@@ -69,14 +69,13 @@ def test_numbers_in_a_row_are_no_tables(floor: Floor) -> None:
 
 def test_a_recipe_that_takes_long_holds_up_nobody_else(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
     proceed = threading.Event()
-    divided = office.divided
 
     def slow(recipe: Recipe) -> FederatedData:
         if recipe.name == "slow":
             assert proceed.wait(600)
         return divided(recipe)
 
-    monkeypatch.setattr(office, "divided", slow)
+    monkeypatch.setattr("hansa.server.office.divided", slow)
 
     async def scene() -> None:
         async with floor.coordinator() as control:
