@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
+from click.core import ParameterSource
 
 import hansa
 from hansa.cli import federation
@@ -94,6 +95,14 @@ _On = Annotated[
 _Run = Annotated[str, typer.Argument(metavar="RUN")]
 _RUNS = Path("runs")
 
+# Options that one of the two ways to run has not: what is so with it, and what to do.
+_OF_SIMULATIONS = {
+    "runs": ("the coordinator writes the run directory, where it keeps its runs", "leave it out"),
+    "no_report": ("a coordinator's run has no report yet", "leave it out; `hansa report` writes one"),
+    "profile": ("where the time went is told of simulations alone", "leave it out"),
+}
+_OF_COORDINATORS = {"wait_for": ("virtual clients are always there", "leave it out, or give --on")}
+
 
 @app.callback(invoke_without_command=True)
 def _hansa(
@@ -151,10 +160,12 @@ def run(
     The first Ctrl-C stops after the step under way, and the run can be resumed; the second stops at once.
     """
     if on not in (None, "sim"):
+        _refuse(_OF_SIMULATIONS)
         made_on = federation.run_on(
             _loaded(recipe, config, seed), on, _output(json), wait_for=wait_for, quiet=quiet
         )
         raise typer.Exit(made_on)
+    _refuse(_OF_COORDINATORS)
     from hansa.cli.execute import Options, execute
     from hansa.simulation.runs import start
 
@@ -184,6 +195,7 @@ def resume(
             raise errors.InputError(
                 "--config", config[0], "a coordinator's run goes on as it began", "leave it out"
             )
+        _refuse(_OF_SIMULATIONS)
         raise typer.Exit(federation.resume_on(run, on, _output(json), quiet=quiet))
     from hansa.cli.execute import Options, execute
     from hansa.simulation.runs import resume
@@ -414,6 +426,16 @@ app.add_typer(
 def _follows() -> bool:
     """Whether torchrun started this process as another than the first worker."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
+def _refuse(options: Mapping[str, tuple[str, str]]) -> None:
+    """Refuse those that were given: nothing would heed them."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = str(option.name)
+        if name in options and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            value = context.params[name]
+            raise errors.InputError(option.opts[0], None if value is True else value, *options[name])
 
 
 def _debug() -> bool:

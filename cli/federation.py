@@ -171,15 +171,16 @@ def stop_on(run: str, where: str, out: Output) -> None:
         out.envelope(run=_facts(status))
 
 
-def coordinator_at(where: str, *, patience: float = 20.0) -> Coordinator:
-    """The coordinator at HOST:PORT, or with "local" that of `hansa local up`."""
+def coordinator_at(where: str, *, patience: float = 20.0, option: str = "--on") -> Coordinator:
+    """The coordinator at HOST:PORT, or with "local" that of `hansa local up`; ``option`` named it."""
     from hansa.cli import local as processes
     from hansa.core.control import Coordinator
 
     if where == "local":
-        return Coordinator(processes.where(processes.FOLDER), processes.FOLDER / "user", patience=patience)
+        address, folder = processes.where(processes.FOLDER, option), processes.FOLDER / "user"
+        return Coordinator(address, folder, patience=patience, option=option)
     identity = os.environ.get("HANSA_IDENTITY")
-    return Coordinator(where, Path(identity) if identity else None, patience=patience)
+    return Coordinator(where, Path(identity) if identity else None, patience=patience, option=option)
 
 
 def _follow(remote: Coordinator, where: str, run: str, out: Output, *, quiet: bool, after: int = 0) -> int:

@@ -90,8 +90,8 @@ def up(folder: Path, agents: int, runs: Path) -> str:
     return address
 
 
-def where(folder: Path) -> str:
-    """The coordinator's address.
+def where(folder: Path, option: str = "--on") -> str:
+    """The coordinator's address; ``option`` is what asks for it.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def where(folder: Path) -> str:
     """
     state = _state(folder)
     if state is None:
-        raise InputError("--on", "local", "nothing is up here", "`hansa local up` first")
+        raise InputError(option, "local", "nothing is up here", "`hansa local up` first")
     return state[0]
 
 

@@ -176,7 +176,7 @@ def _source(runs: Path | None, server: str | None) -> Source:
         return Folder(runs or Path("runs"))
     from hansa.cli.federation import coordinator_at
 
-    return Server(coordinator_at(server, patience=3.0))
+    return Server(coordinator_at(server, patience=3.0, option="--server"))
 
 
 @cache

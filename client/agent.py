@@ -45,6 +45,7 @@ _NAP = 60.0  # seconds between two looks at the clock in quiet hours
 _LOOK = 600.0  # seconds between two looks at the certificate
 _BLOBS = 8  # recipes and models kept in memory
 _WELCOME = 10.0  # seconds until a coordinator has greeted
+_AGAIN = 600.0  # seconds until the same reason for not being connected is told again
 _SOONEST, _SLOWEST = 0.1, 1.0  # seconds between two tries, more or less by half; doubled from one to the next
 
 _log = structlog.get_logger(__name__)
@@ -167,6 +168,7 @@ class Agent:
         self._online = asyncio.Event()
         self._say: asyncio.Queue[pb.FromAgent] = asyncio.Queue()
         self._looked = -math.inf  # at the certificate
+        self._told = "", -math.inf  # why it is not connected, and when that was said
         self._log = _log.bind(agent=config.name)
 
     def _settle_down(self) -> None:
@@ -185,8 +187,7 @@ class Agent:
                 await self._quiet_hours()
                 came = asyncio.get_running_loop().time()
                 try:
-                    await self._attend()
-                    reason = "the coordinator goes away"
+                    reason = await self._attend()
                 except grpc.aio.AioRpcError as error:
                     reason = f"{error.code().name}: {error.details()}"
                 except TimeoutError:
@@ -196,11 +197,11 @@ class Agent:
                 finally:
                     self._online.clear()
                     self._link = None
-                if asyncio.get_running_loop().time() - came > _SLOWEST:
+                now = asyncio.get_running_loop().time()
+                if now - came > _SLOWEST:
                     pause = _SOONEST
-                wait = pause * random.uniform(0.5, 1.5)
-                self._log.info("not connected", reason=reason, seconds=round(wait, 2))
-                await asyncio.sleep(wait)
+                self._tell_once(reason, now)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, _SLOWEST)
         finally:
             runners = [task.runner for task in self._tasks.values() if task.runner is not None]
@@ -211,6 +212,13 @@ class Agent:
             await asyncio.gather(*runners, return_exceptions=True)
             self._bench.shutdown()
 
+    def _tell_once(self, reason: str, now: float) -> None:
+        """Say why there is no connection; the same reason again only after a while."""
+        told, at = self._told
+        if reason != told or now >= at + _AGAIN:
+            self._told = reason, now
+            self._log.warning("not connected", reason=reason)
+
     async def _quiet_hours(self) -> None:
         told = False
         while seconds := self._config.policy.quiet(datetime.datetime.now()):
@@ -219,18 +227,19 @@ class Agent:
             told = True
             await asyncio.sleep(min(seconds, _NAP))  # the clock may be set, the machine sleep
 
-    async def _attend(self) -> None:
+    async def _attend(self) -> str:
+        """Be connected; why that ended."""
         async with Link(self._config.coordinator, self._config.identity, self._config.name) as link:
             stream = link.attend()
             async with asyncio.timeout(_WELCOME):
                 await stream.write(pb.FromAgent(hello=self._hello()))
                 welcome = await stream.read()
             if welcome is grpc.aio.EOF or welcome.WhichOneof("body") != "welcome":
-                return
+                return "the coordinator goes away"
             if (reason := stranger(welcome.welcome.version)) is not None:
-                self._log.error("refused", reason=reason)
-                return
+                return reason
             self._log.info("connected", coordinator=self._config.coordinator)
+            self._told = "", -math.inf
             self._link = link
             self._online.set()
             beat = max(welcome.welcome.heartbeat, 0.05)
@@ -239,15 +248,13 @@ class Agent:
                 while True:
                     async with asyncio.timeout(3 * beat):
                         message = await stream.read()
-                    if message is grpc.aio.EOF:
-                        return
-                    if message.WhichOneof("body") == "drain":
-                        return
+                    if message is grpc.aio.EOF or message.WhichOneof("body") == "drain":
+                        return "the coordinator goes away"
                     self._hear(message)
                     if await self._renewed(link):
-                        return  # to come back under the new certificate
+                        return "it comes back under the new certificate"
                     if self._config.policy.quiet(datetime.datetime.now()):
-                        return
+                        return "quiet hours"
             finally:
                 speaking.cancel()
                 stream.cancel()

@@ -21,16 +21,19 @@ class Coordinator:
     """A coordinator at ``host:port``, called with the certificate in the folder ``identity``, if given.
 
     It has ``patience`` seconds to answer. Every method raises :class:`~hansa.core.errors.HansaError` with the
-    coordinator's own sentence.
+    coordinator's own sentence; ``option`` is what the user named it by.
     """
 
-    def __init__(self, address: str, identity: Path | None = None, *, patience: float = 20.0) -> None:
+    def __init__(
+        self, address: str, identity: Path | None = None, *, patience: float = 20.0, option: str = "--on"
+    ) -> None:
         self.address, self._identity, self._patience = address, identity, patience
+        self._option = option
         self._remedy = "start one: `hansa coordinator start`"
         if identity is None:
             self._remedy += "; if it goes by certificates, name the folder of yours in HANSA_IDENTITY"
             check_loopback(
-                "--on",
+                option,
                 address,
                 "use 127.0.0.1:PORT, or name the folder of your certificate in HANSA_IDENTITY",
             )
@@ -125,7 +128,7 @@ class Coordinator:
             if self._identity is not None and (why := explain_member(self.address, self._identity)):
                 return TrustError(why)
             return InputError(
-                "--on",
+                self._option,
                 self.address,
                 f"no coordinator answers ({details})",
                 self._remedy,

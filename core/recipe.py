@@ -249,9 +249,24 @@ def _read(path: Path) -> Table:
 def parse(raw: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data; :class:`InputError` names the first thing that is wrong."""
     try:
-        return Recipe.model_validate(dict(raw))
+        made = Recipe.model_validate(dict(raw))
     except ValidationError as error:
         raise explain(error, Recipe) from error
+    _refuse_truths(raw, made)
+    return made
+
+
+def _refuse_truths(given: object, made: object, field: str = "") -> None:
+    """Refuse true and false where a number is wanted: pydantic makes 1 and 0 of them."""
+    if isinstance(given, bool) and not isinstance(made, bool):
+        raise InputError(field, given, "it must be a number", "correct it, or leave it out for the default")
+    if isinstance(given, Mapping):
+        for key, value in given.items():
+            inside = made.get(key) if isinstance(made, Mapping) else getattr(made, str(key), None)
+            _refuse_truths(value, inside, f"{field}.{key}".lstrip("."))
+    elif isinstance(given, list | tuple) and isinstance(made, list | tuple):
+        for i, (value, inside) in enumerate(zip(given, made, strict=False)):
+            _refuse_truths(value, inside, f"{field}[{i}]")
 
 
 def build(
@@ -306,6 +321,7 @@ def construct(
         values = schema.model_validate(dict(table))
     except ValidationError as error:
         raise explain(error, schema, section, name=name, homes=homes) from error
+    _refuse_truths(table, values, section)
     made: T = cast(Any, kind)(**{key: getattr(values, key) for key in schema.model_fields}, **fixed)
     return made
 

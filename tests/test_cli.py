@@ -722,3 +722,29 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     program = f"{sys.executable} -m hansa --help | true"
     made = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
     assert made.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (("run", "--on", "local", "--profile"), "--profile: where the time went is told of simulations"),
+        (("run", "--on", "local", "--no-report"), "--no-report: a coordinator's run has no report"),
+        (("run", "--on", "local", "--runs", "x"), "--runs = 'x': the coordinator writes the run directory"),
+        (("resume", "r", "--on", "local", "--profile"), "--profile: where the time went is told"),
+        (("run", "--wait-for", "3"), "--wait-for = 3: virtual clients are always there"),
+    ],
+)
+def test_options_that_nothing_would_heed_are_refused(
+    given: tuple[str, ...], why: str, command: Command
+) -> None:
+    said = command(*given)
+    assert said.code == 2
+    assert f"hansa: {why}" in said.err
+
+
+def test_the_dashboard_names_its_own_option(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HANSA_IDENTITY", raising=False)
+    for where in ("local", "fl.example.org:8443"):
+        said = command("ui", "--server", where)
+        assert said.code == 2
+        assert said.err.startswith("hansa: --server = ")

@@ -66,6 +66,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     # values
     ({"train": {"lr": 0}}, "train.lr", "it must be more than 0"),
     ({"train": {"lr": float("nan")}}, "train.lr", "it must be finite"),
+    ({"train": {"lr": True}}, "train.lr", "it must be a number"),
+    ({"algorithm": {"name": "fedprox", "mu": True}}, "algorithm.mu", "it must be a number"),
+    ({"train": {"epochs": [True, 2]}}, "train.epochs[0]", "it must be a number"),
+    ({"seed": False}, "seed", "it must be a number"),
+    ({"partition": {"clients": True}}, "partition.clients", "it must be a number"),
     ({"train": {"momentum": 1}}, "train.momentum", "it must be less than 1"),
     ({"stop": {"rounds": 0}}, "stop.rounds", "it must be at least 1"),
     ({"train": {"epochs": [3, 1]}}, "train.epochs", "a pair [low, high]"),

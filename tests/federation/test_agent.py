@@ -19,7 +19,7 @@ import torch
 from floor import Floor, checked, end, play, small, submit
 
 from hansa.client import policy
-from hansa.client.agent import Config, _heartbeat, read_config
+from hansa.client.agent import Agent, Config, _heartbeat, read_config
 from hansa.client.check import check
 from hansa.client.outbox import Outbox, entry
 from hansa.client.policy import Policy, Refused
@@ -444,6 +444,31 @@ def test_a_kernel_that_knows_of_no_power_supply_has_a_heartbeat(monkeypatch: pyt
 
     monkeypatch.setattr(psutil, "sensors_battery", absent)
     assert not _heartbeat().HasField("battery")
+
+
+def test_why_there_is_no_connection_is_told_once_and_then_rarely(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred tries, for two reasons, one after the other: two lines, and one more after ten minutes."""
+    reasons = iter(["nobody answers"] * 50 + ["not by this certificate"] * 50)
+    told: list[str] = []
+    monkeypatch.setattr("hansa.client.agent._SLOWEST", 0.0)
+    monkeypatch.setattr("hansa.client.agent._SOONEST", 0.0)
+
+    async def scene() -> None:
+        agent = Agent(Config(name="a", clients=(0,), coordinator="127.0.0.1:1", state=floor.folder))
+        monkeypatch.setattr(agent, "_log", SimpleNamespace(warning=lambda _, reason: told.append(reason)))
+
+        async def attend() -> str:
+            return next(reasons)
+
+        monkeypatch.setattr(agent, "_attend", attend)
+        with pytest.raises(RuntimeError):  # the reasons come to an end
+            await agent.run()
+        agent._tell_once("not by this certificate", asyncio.get_running_loop().time() + 700.0)
+
+    asyncio.run(scene())
+    assert told == ["nobody answers", "not by this certificate", "not by this certificate"]
 
 
 def test_precision_is_checked(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
