@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -250,7 +252,7 @@ def new(
 
     out = _output(json)
     path = write_new(Path(name), algorithm)
-    out.say(f"{path}: edit it, then `hansa run {path}`")
+    out.say(f"{path}: edit it, then `hansa run {shlex.quote(str(path))}`")
     out.envelope(recipe=path)
 
 
@@ -374,6 +376,8 @@ def compare(
     from hansa.cli import runs as tables
     from hansa.ui.comparison import compare as put_side_by_side
 
+    if target is not None and not math.isfinite(target):
+        raise errors.InputError("--target", target, "it must be finite", "give a value of the metric")
     out = _output(json)
     directories = dict.fromkeys(_found(each, runs).resolve() for each in run)  # each once
     curves = [tables.curve(each, metric) for each in directories]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -126,11 +127,14 @@ def local_up(
     json: _Json = False,
 ) -> None:
     """Start a coordinator and agents as processes of this machine."""
-    from hansa.cli.local import up
+    from hansa.cli.local import FOLDER, up
 
     out = Output(json=json)
     address = up(folder, agents, runs)
-    out.say(f"a coordinator at {address} and {agents} agents; `hansa run RECIPE --on local`")
+    use = "hansa run RECIPE --on local"
+    if folder != FOLDER:
+        use = f"HANSA_IDENTITY={shlex.quote(str(folder / 'user'))} hansa run RECIPE --on {address}"
+    out.say(f"a coordinator at {address} and {agents} agents; `{use}`")
     out.envelope(address=address, agents=agents)
 
 

@@ -38,14 +38,21 @@ def up(folder: Path, agents: int, runs: Path) -> str:
     Raises
     ------
     InputError
-        When it is up already.
+        When it is up already, or the folder cannot be made or holds what an earlier one left.
     RunError
         When a process ends before it serves.
     """
     if _state(folder) is not None:
         raise InputError("local", str(folder), "it is up already", "`hansa local down` first")
+    if (folder / "pki").exists():
+        problem = "what an earlier one left is in it"
+        raise InputError("--folder", str(folder), problem, "`hansa local down` first")
     data = folder / "coordinator"
-    data.mkdir(parents=True, exist_ok=True)
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"it cannot be made ({error.strerror})"
+        raise InputError("--folder", str(folder), problem, "name a folder that you may write") from error
     (data / "address").unlink(missing_ok=True)
     started: list[subprocess.Popen[bytes]] = []
     authority = Authority.create(folder / "pki", "local", [])

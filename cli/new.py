@@ -39,6 +39,8 @@ def write_new(path: Path, algorithm: str) -> Path:
     InputError
         For an unknown algorithm, or where there is such a file already, or the folder cannot be written.
     """
+    if not re.search(r"\w", path.name):
+        raise InputError("NAME", str(path), "it names no file", "write it as in `hansa new study`")
     path = path if path.suffix == ".toml" else path.with_name(f"{path.name}.toml")
     name = re.sub(r"[^\w.-]+", "-", path.stem)
     text = template(

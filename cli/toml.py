@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,11 @@ def template(recipe: Recipe, path: Path, choices: Mapping[str, tuple[str, ...]])
 
     ``path`` is where it will stand; ``choices`` are the names that a section's kind can have.
     """
-    recipe = resolved(recipe)
+    recipe, command = resolved(recipe), f"#   hansa run {shlex.quote(str(path))}"
     lines = [
         "# A recipe: what to run, as data. Lines that are commented out show the defaults.",
-        f"#   hansa run {path}",
-        f"#   hansa run {path} -c train.lr=0.05 --seed 1",
+        command,
+        f"{command} -c train.lr=0.05 --seed 1",
         "#   hansa config show             every value of the default recipe",
         "#   hansa strategies              what can stand as algorithm, schedule, rule, …",
         "",

@@ -748,3 +748,31 @@ def test_the_dashboard_names_its_own_option(command: Command, monkeypatch: pytes
         said = command("ui", "--server", where)
         assert said.code == 2
         assert said.err.startswith("hansa: --server = ")
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "why"),
+    [
+        (("show", "a" * 300), 5, "there is no such run"),
+        (("show", ""), 5, "no name: there is no such run"),
+        (("new", "."), 2, "NAME = '.': it names no file"),
+        (("new", ""), 2, "it names no file"),
+        (("compare", "last", "--target", "nan"), 2, "--target = nan: it must be finite"),
+        (("local", "up", "--folder", "file"), 2, "--folder = 'file': it cannot be made"),
+        (("local", "up", "--folder", "left"), 2, "--folder = 'left': what an earlier one left is in it"),
+    ],
+)
+def test_names_that_name_nothing(
+    given: tuple[str, ...], code: int, why: str, folder: Path, command: Command
+) -> None:
+    Path("file").write_text("")
+    Path("left/pki").mkdir(parents=True)
+    RunStore.create(folder / "alone", name="alone", seed=0, recipe="", facts={}).close()
+    said = command(*given)
+    assert (said.code, said.out) == (code, "")
+    assert why in said.err
+
+
+def test_a_new_recipe_says_how_it_is_run_whatever_its_name(command: Command) -> None:
+    assert "`hansa run 'a study.toml'`" in command("new", "a study").out
+    assert "hansa run 'a study.toml' -c" in Path("a study.toml").read_text()

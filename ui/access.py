@@ -69,6 +69,10 @@ class Guarded:
         """See :class:`~hansa.ui.source.Source`."""
         return self._seen().report(run)
 
+    def has_report(self, run: str) -> bool:
+        """See :class:`~hansa.ui.source.Source`."""
+        return self._seen().has_report(run)
+
     def stop(self, run: str) -> None:
         """See :class:`~hansa.ui.source.Source`."""
         self._steered().stop(run)

@@ -95,7 +95,13 @@ class Group:
         if not there:
             return "not reached"
         mean = float(np.mean(there))
-        said = f"{mean:,.0f}" if over == "rounds" else size(mean) if over == "bytes" else duration(mean)
+        said = (
+            f"{mean:,.1f}".removesuffix(".0")
+            if over == "rounds"
+            else size(mean)
+            if over == "bytes"
+            else duration(mean)
+        )
         return said if len(there) == len(self.costs) else f"{said} ({len(there)} of {len(self.costs)})"
 
     def band(self, over: Over) -> Band:

@@ -31,7 +31,7 @@ def downloads(run: Run) -> None:
         ),
     ]
     ended = run.status == "finished"
-    there = {"Model": ended, "Metrics": run.rounds > 0, "Report": ended}
+    there = {"Model": ended, "Metrics": run.rounds > 0, "Report": ended and source.has_report(run.id)}
     for label, name, mime, make in files:
         st.download_button(
             label,
@@ -45,6 +45,8 @@ def downloads(run: Run) -> None:
         )
     if not ended:
         st.caption("The model and the report are written when the run finishes.")
+    elif not there["Report"]:
+        st.caption(f"No report was written here; on its machine: `hansa report {run.id}`.")
 
 
 def metrics_csv(source: Source, run: str) -> bytes:

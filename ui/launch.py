@@ -13,6 +13,7 @@ there again and that run has ended.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import time
 import tomllib
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -70,6 +72,8 @@ class Launcher:
         """Go on with a run as soon as it is its turn."""
         if locked(directory):
             raise RunError(f"{directory.name}: this run is still running; stop it first")
+        if any(each.name == directory.name for each in self.waiting()):
+            raise RunError(f"{directory.name}: this run waits for its turn already")
         self._enqueue(".resume", directory.name)
 
     def stop(self, directory: Path) -> None:
@@ -138,7 +142,7 @@ class Launcher:
                     what = ["resume", str(self._folder / text)]
                 # A session of its own: Ctrl-C at the dashboard is not for its runs.
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "hansa", *what, "--quiet"],
+                    [sys.executable, "-m", "hansa", *what, "--quiet", "--json"],
                     stdin=subprocess.DEVNULL,
                     stdout=told,
                     stderr=told,
@@ -191,7 +195,14 @@ def _end(process: subprocess.Popen[bytes], told: IO[str]) -> str | None:
         said = told.read().strip()
     if code in (0, Interrupted.exit_code):
         return None
-    return said.removeprefix("hansa: ")[:_TOLD] or f"it ended with exit code {code}"
+    for line in said.splitlines():
+        with suppress(ValueError):
+            match json.loads(line):
+                case {"run": _}:
+                    return None  # it has begun, and its record tells how it ended
+                case {"error": {"message": str(message)}}:
+                    return message[:_TOLD]
+    return said[:_TOLD] or f"it ended with exit code {code}"
 
 
 def _unlocked(held: IO[str]) -> None:

@@ -135,7 +135,8 @@ def ticks(kind: str) -> alt.Axis:
         "share": "format(100 * datum.value, '~g') + ' %'",
         "number": "format(datum.value, '~g')",
     }
-    return alt.Axis(labelExpr=expressions[kind], grid=True, tickCount=6, labelFlush=False)
+    whole = {"tickMinStep": 1} if kind == "round" else {}
+    return alt.Axis(labelExpr=expressions[kind], grid=True, tickCount=6, labelFlush=False, **whole)
 
 
 def chart(made: alt.Chart | alt.LayerChart | alt.FacetChart, *, alt_text: str, height: int = 280) -> None:

@@ -77,6 +77,11 @@ class Run:
         return self.status in ("queued", "running")
 
     @property
+    def resumable(self) -> bool:
+        """Whether it ended before its end, and can go on."""
+        return self.status in ("interrupted", "failed")
+
+    @property
     def fraction(self) -> float:
         """Which share of it is behind us; a target may end it sooner."""
         if self.status == "finished":
@@ -127,6 +132,10 @@ class Source(Asked, Protocol):
 
     def report(self, run: str) -> bytes:
         """The report that was written when the run ended, an HTML page."""
+        ...
+
+    def has_report(self, run: str) -> bool:
+        """Whether there is one."""
         ...
 
     def stop(self, run: str) -> None:
@@ -245,6 +254,10 @@ class Folder:
         except OSError as error:
             raise RunError(f"{run}: there is no report yet; `hansa report {run}` writes one") from error
 
+    def has_report(self, run: str) -> bool:
+        """See :class:`Source`."""
+        return (self.directory(run) / "report.html").exists()
+
     def stop(self, run: str) -> None:
         """See :class:`Source`."""
         self._launcher.stop(self.directory(run))
@@ -330,6 +343,10 @@ class Server:
     def report(self, run: str) -> bytes:
         """See :class:`Source`."""
         raise RunError(f"{run}: a coordinator sends no reports; `hansa report` on its machine writes one")
+
+    def has_report(self, run: str) -> bool:
+        """See :class:`Source`."""
+        return False
 
     def stop(self, run: str) -> None:
         """See :class:`Source`."""

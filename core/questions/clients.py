@@ -15,7 +15,7 @@ from hansa.core.questions.record import Columns, Record, question
 Bins = Annotated[int, Field(ge=1, le=400)]
 Limit = Annotated[int, Field(ge=1, le=2000)]
 
-_ORDERS = {"most": "folded DESC, client", "least": "folded, client", "slowest": "speed, client"}
+_ORDERS = {"most": "folded DESC, client", "least": "folded, client", "slowest": "speed NULLS LAST, client"}
 LEAST = 0.1
 """Weight, in units of a plain mean's, below which an update counts as left out."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from hansa.core.errors import InputError
+from hansa.core.errors import InputError, RunError
 from hansa.core.recipe import parse
 from hansa.core.store import ClientScores, Participation, Round, RunStore, runs
 from hansa.ui.launch import Launcher
@@ -99,6 +100,12 @@ def compare_page() -> None:
     from hansa.ui.pages import compare
 
     compare.page()
+
+
+def clients_page() -> None:
+    from hansa.ui.pages import clients
+
+    clients.page()
 
 
 def opened(script: Any, source: Folder, **query: str | list[str]) -> AppTest:
@@ -200,6 +207,57 @@ def test_a_run_without_metrics_says_so(tmp_path: Path) -> None:
         assert "Nothing yet" in texts(app)
 
 
+def test_a_run_that_ended_before_its_first_round_is_not_under_way(tmp_path: Path) -> None:
+    with write(tmp_path / "ended", rounds=0) as store:
+        store.finish("failed", "the loss is not finite")
+    for script, part in ((run_page, "Progress"), (run_page, "Layers"), (clients_page, "")):
+        app = opened(script, Folder(tmp_path), run="ended")
+        app.session_state["part"] = part or "Progress"
+        app.run()
+        assert not app.exception
+        assert "ended before its first round" in texts(app)
+        assert "appear" not in texts(app).replace("The model and", "")
+
+
+def test_the_numbers_beside_the_statuses_move_with_the_runs(folder: Path, live: RunStore) -> None:
+    app = opened(runs_page, Folder(folder))
+    assert counted(app) == {"running": 1, "finished": 2, "failed": 1, "unreadable": 1}
+    app.get("button_group")[0].set_value(["running"]).run()
+    live.finish("finished")
+    live.close()
+    app.run()
+    assert counted(app) == {"running": 0, "finished": 3, "failed": 1, "unreadable": 1}
+    assert "No run fits" in texts(app)
+
+
+def counted(app: AppTest) -> dict[str, int]:
+    """What the page says: how many runs stand how."""
+    told = [each.content.split(" ") for each in app.get("button_group")[0].proto.options]
+    return {status: int(count) for status, count in told}
+
+
+def test_a_report_that_nobody_wrote_is_not_offered(folder: Path) -> None:
+    def offered() -> bool:
+        app = opened(run_page, Folder(folder), run="a0")
+        (button,) = (each for each in app.get("download_button") if each.proto.label == "Report")
+        return not button.proto.disabled
+
+    assert not offered()
+    (folder / "a0" / "report.html").write_text("<html>")
+    assert offered()
+
+
+def test_a_run_that_is_gone_leaves_the_others_side_by_side(folder: Path) -> None:
+    app = opened(compare_page, Folder(folder), run=["a0", "b0"])
+    source = Folder(folder)
+    listed = source.runs()
+    shutil.rmtree(folder / "b0")
+    source.runs = lambda: listed  # type: ignore[method-assign] # between two looks at the list
+    app = opened(compare_page, source, run=["a0", "b0"])
+    assert "is not a run directory" in texts(app).replace("\\", "")
+    assert list(app.dataframe[0].value["recipe"]) == ["study · fedavg"]
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [("UPDATE schema_version SET version = 99", "newer Hansa"), ("DROP TABLE metrics", "no such table")],
@@ -223,7 +281,7 @@ def test_seeds_share_a_line_and_costs_are_told(folder: Path) -> None:
     same = rows["study · fedavg"]
     assert (same["runs"], same["seeds"]) == (2, "0, 1")
     assert same["last accuracy"] == "75.00 % ± 21.21 %"
-    assert (same["rounds to target"], same["bytes to"]) == ("2", "5.00 kB")  # 2.5, to the even
+    assert (same["rounds to target"], same["bytes to"]) == ("2.5", "5.00 kB")
     assert rows["other · fedavg"]["rounds to target"] == "not reached"
 
 
@@ -266,6 +324,30 @@ def test_what_waits_begins_when_the_dashboard_is_there_again(tmp_path: Path) -> 
     ended = [(run.name, run.status) for run in runs(tmp_path)]
     assert ended == [("second", "finished"), ("first", "finished")]
     assert not list((tmp_path / ".queue").iterdir())
+
+
+def test_a_run_that_fails_after_its_begin_is_told_of_once(tmp_path: Path) -> None:
+    """Its record tells; whoever could not begin has none."""
+    small = {"data": {"limit": 60}, "partition": {"kind": "iid", "clients": 2}}
+    source = Folder(tmp_path)
+    source.start(parse({"name": "early", **small, "schedule": {"cohort": 3}}).toml())
+    source.start(parse({"name": "late", **small, "schedule": {"cohort": 2}, "train": {"lr": 1e30}}).toml())
+    end = time.monotonic() + 180
+    while any(run.active for run in source.runs()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    early, late = source.runs()
+    assert (early.name, early.id, early.status) == ("early", "", "failed")
+    assert early.error == "schedule.cohort = 3: there are 2 clients; use 2 or fewer"
+    assert (late.name, late.status) == ("late", "failed")
+    assert "train.lr = 1e+30" in (late.error or "")
+
+
+def test_a_run_is_asked_to_go_on_once(folder: Path) -> None:
+    launcher = Launcher(folder, parallel=0)
+    launcher.resume(folder / "b0")
+    with pytest.raises(RunError, match="waits for its turn already"):
+        launcher.resume(folder / "b0")
 
 
 def test_what_waits_lets_a_run_end_that_goes_on_from_before(tmp_path: Path) -> None:

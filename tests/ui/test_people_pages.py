@@ -119,7 +119,7 @@ def test_an_empty_folder_says_what_to_do_next(folder: Path, page: Callable[[], N
 
 def test_a_run_before_its_first_round(folder: Path) -> None:
     record(folder / "a", rounds=0, gossip=True)
-    assert "Nobody was asked yet" in words(drawn(clients.page))
+    assert "Nobody took part" in words(drawn(clients.page))
     assert figures(drawn(topology.page))["Peers"] == "5"
     drawn(system.page)
 

@@ -193,11 +193,14 @@ def _contributions(run: Run) -> None:
     with parts.guarded():
         even = site().source.ask(questions.taking_part, run.id)
         if not even["asked"]:
-            parts.empty(
-                "Nobody was asked yet",
-                "The first clients appear with the first round.",
-                ":material/hourglass:",
-            )
+            if run.active:
+                parts.empty(
+                    "Nobody was asked yet",
+                    "The first clients appear with the first round.",
+                    ":material/hourglass:",
+                )
+            else:
+                parts.empty("Nobody took part", "The run ended before its first round.")
             return
         order = st.session_state.get("order", "most")
         told = site().source.ask(questions.contributors, run.id, order=order)
@@ -209,7 +212,7 @@ def _contributions(run: Run) -> None:
             st.metric("Updates", f"{even['folded']:,}", border=True)
             st.metric(
                 "Gini index",
-                f"{gini(even['shares']):.2f}",
+                f"{gini(even['shares']):.2f}" if even["folded"] else "–",
                 border=True,
                 help="0: all gave alike; 1: one alone",
             )

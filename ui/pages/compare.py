@@ -39,7 +39,8 @@ def page() -> None:
         return
 
     def body() -> None:
-        _compare([site().source.run(run.id) for run in chosen], metric, over, target)
+        with parts.guarded():
+            _compare([run.id for run in chosen], metric, over, target)
 
     parts.live(any(run.active for run in chosen))(body)
 
@@ -67,11 +68,11 @@ def _chosen(runs: dict[str, Run]) -> list[Run]:
 
 
 def _controls(runs: Sequence[Run]) -> tuple[str | None, Over, float | None]:
-    names: list[str] = []
-    with parts.guarded():
-        names = list(
-            dict.fromkeys(n for run in runs for n in site().source.ask(questions.metric_names, run.id))
-        )
+    known: list[str] = []
+    for run in runs:
+        with parts.guarded():
+            known += site().source.ask(questions.metric_names, run.id)
+    names = list(dict.fromkeys(known))
     if not names:
         return None, "rounds", None
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -93,12 +94,12 @@ def _controls(runs: Sequence[Run]) -> tuple[str | None, Over, float | None]:
     return metric, over, target / 100 if share and target is not None else target
 
 
-def _compare(runs: Sequence[Run], metric: str, over: Over, target: float | None) -> None:
+def _compare(runs: Sequence[str], metric: str, over: Over, target: float | None) -> None:
     source = site().source
     curves = []
-    for run in runs:
+    for id in runs:
         try:
-            curves.append(curve_of(source, run, metric))
+            curves.append(curve_of(source, source.run(id), metric))
         except HansaError as error:
             st.warning(parts.plain(str(error)))
     if not curves:

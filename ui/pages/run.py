@@ -20,6 +20,7 @@ _PARTS = {
     "Log": run_parts.log,
     "Recipe": run_parts.recipe,
 }
+_IDLE = 5.0  # seconds between two looks at a run that somebody may go on with
 
 
 def page() -> None:
@@ -36,9 +37,12 @@ def page() -> None:
 
     def head() -> None:
         with parts.guarded():
-            _head(site().source.run(run.id))
+            now = site().source.run(run.id)
+            if now.active != run.active:
+                st.rerun()  # the rest of the page begins to move, or stands still
+            _head(now)
 
-    parts.live(run.active)(head)
+    st.fragment(head, run_every=parts.REFRESH if run.active else _IDLE if run.resumable else None)()
     part = st.segmented_control(
         "Part", list(_PARTS), default="Progress", key="part", label_visibility="collapsed", required=True
     )
@@ -60,7 +64,9 @@ def _head(run: Run) -> None:
         facts += [f"seed {run.seed}", f"started {parts.ago(run.started)} UTC"]
         st.caption(parts.plain(" · ".join(filter(None, facts))), width="content")
         st.space("stretch")
-        _actions(run)
+        asked = _actions(run)
+    if asked is not None:
+        _steer(asked, run.id)
     if run.error:
         tell = st.error if run.status == "failed" else st.warning
         tell(parts.plain(run.error))
@@ -69,14 +75,17 @@ def _head(run: Run) -> None:
     _figures(run)
 
 
-def _actions(run: Run) -> None:
+def _actions(run: Run) -> str | None:
+    """The buttons; what to do, if one was pressed."""
+    asked = None
     if may_operate():
-        if run.active:
-            st.button("Stop", icon=":material/stop:", on_click=_steer, args=("stop", run.id))
-        elif run.status in ("interrupted", "failed"):
-            st.button("Resume", icon=":material/play_arrow:", on_click=_steer, args=("resume", run.id))
+        if run.active and st.button("Stop", icon=":material/stop:"):
+            asked = "stop"
+        elif run.resumable and st.button("Resume", icon=":material/play_arrow:"):
+            asked = "resume"
     with st.popover("Download", icon=":material/download:"):
         downloads(run)
+    return asked
 
 
 def _steer(what: str, id: str) -> None:

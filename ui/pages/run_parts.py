@@ -251,8 +251,10 @@ def layers(run: Run) -> None:
     if not told["round"]:
         if run.rounds:
             parts.empty("Not recorded", "This run was made by a Hansa that did not keep how the layers move.")
-        else:
+        elif run.active:
             parts.empty(*_WAIT)
+        else:
+            parts.empty("No layer moved", "The run ended before its first round.")
         return
     rows = [
         (name, index, moved, share)

@@ -28,27 +28,7 @@ def page() -> None:
             st.button("New run", icon=":material/add:", type="primary", on_click=_open_form)
     if st.session_state.pop("new_run", False):
         new_run()
-    runs = parts.run_list()
-    counts = {status: sum(run.status == status for run in runs) for status in _STATUSES}
-    if runs:
-        with st.container(horizontal=True, vertical_alignment="center"):
-            st.text_input(
-                "Search",
-                key="search",
-                placeholder="Search name, algorithm, id",
-                icon=":material/search:",
-                label_visibility="collapsed",
-                width=320,
-            )
-            st.pills(
-                "Status",
-                [status for status, count in counts.items() if count],
-                format_func=lambda status: f"{status} {counts[status]:,}",
-                key="statuses",
-                selection_mode="multi",
-                label_visibility="collapsed",
-            )
-    moving = any(run.active for run in runs)
+    moving = any(run.active for run in parts.run_list())
     st.fragment(_listing, run_every=parts.REFRESH if moving else _IDLE)()
 
 
@@ -64,6 +44,7 @@ def _listing() -> None:
             "Start one with **New run**, or on the command line with `hansa run`. It appears here by itself.",
         )
         return
+    _filter(runs)
     shown = _filtered(runs)
     for run in [run for run in shown if run.active][:_CARDS]:
         _card(run)
@@ -75,6 +56,29 @@ def _listing() -> None:
         _table(listed)
     elif not any(run.active for run in shown):
         st.info("No run fits the filter.", icon=":material/filter_alt:")
+
+
+def _filter(runs: Sequence[Run]) -> None:
+    """What to look for, and how many runs stand how."""
+    counts = {status: sum(run.status == status for run in runs) for status in _STATUSES}
+    chosen = st.session_state.get("statuses") or ()
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.text_input(
+            "Search",
+            key="search",
+            placeholder="Search name, algorithm, id",
+            icon=":material/search:",
+            label_visibility="collapsed",
+            width=320,
+        )
+        st.pills(
+            "Status",
+            [status for status, count in counts.items() if count or status in chosen],
+            format_func=lambda status: f"{status} {counts[status]:,}",
+            key="statuses",
+            selection_mode="multi",
+            label_visibility="collapsed",
+        )
 
 
 def _filtered(runs: Sequence[Run]) -> list[Run]:
@@ -89,6 +93,7 @@ def _filtered(runs: Sequence[Run]) -> list[Run]:
 
 
 def _card(run: Run) -> None:
+    stop = False
     with st.container(border=True, gap="xsmall"):
         with st.container(horizontal=True, vertical_alignment="center"):
             seed = "" if run.seed is None else f" · seed {run.seed}"
@@ -105,18 +110,14 @@ def _card(run: Run) -> None:
                     to("run"), label="Open", icon=":material/open_in_full:", query_params={"run": run.id}
                 )
                 if may_operate():
-                    st.button(
-                        "Stop",
-                        icon=":material/stop:",
-                        key=f"stop {run.id}",
-                        on_click=_steer,
-                        args=("stop", [run.id]),
-                    )
+                    stop = st.button("Stop", icon=":material/stop:", key=f"stop {run.id}")
         if run.status == "queued":
             here = f": {run.present} of {run.clients} clients are here" if run.present is not None else ""
             st.caption(f"waits for its turn{here}")
         else:
             st.progress(run.fraction, text=parts.progress_text(run))
+    if stop:
+        _steer("stop", [run.id])
 
 
 def _table(runs: Sequence[Run]) -> None:
@@ -168,13 +169,16 @@ def _table(runs: Sequence[Run]) -> None:
     )
     chosen = [runs[i] for i in state["selection"]["rows"] if i < len(runs)]
     with place.container(horizontal=True, vertical_alignment="center"):
-        _actions(chosen)
+        asked = _actions(chosen)
+    if asked is not None:
+        _steer(*asked)
 
 
-def _actions(chosen: Sequence[Run]) -> None:
+def _actions(chosen: Sequence[Run]) -> tuple[str, list[str]] | None:
+    """The buttons; what to do with which runs, if one was pressed."""
     if not chosen:
         st.caption("Select runs to open, compare, stop or resume them.")
-        return
+        return None
     readable = [run for run in chosen if run.status != "unreadable"]
     if len(readable) == 1:
         st.page_link(
@@ -188,13 +192,14 @@ def _actions(chosen: Sequence[Run]) -> None:
             query_params={"run": [run.id for run in readable]},
         )
     if not may_operate():
-        return
+        return None
     running = [run.id for run in chosen if run.active]
-    ended = [run.id for run in chosen if run.status in ("interrupted", "failed")]
-    if running:
-        st.button("Stop", icon=":material/stop:", on_click=_steer, args=("stop", running))
-    if ended:
-        st.button("Resume", icon=":material/play_arrow:", on_click=_steer, args=("resume", ended))
+    ended = [run.id for run in chosen if run.resumable]
+    if running and st.button("Stop", icon=":material/stop:"):
+        return "stop", running
+    if ended and st.button("Resume", icon=":material/play_arrow:"):
+        return "resume", ended
+    return None
 
 
 def _steer(what: str, ids: Sequence[str]) -> None:
