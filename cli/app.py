@@ -480,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(given, prog_name="hansa", standalone_mode=False, obj=debug)
     except click.exceptions.NoArgsIsHelpError as shown:
         return shown.exit_code
-    except BrokenPipeError:  # the reader, head or less, has seen enough
+    except (BrokenPipeError, SystemExit):  # the reader, head or less, has seen enough: click exits by itself
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return 0
     except (Exception, KeyboardInterrupt) as error:

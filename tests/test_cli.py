@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -776,3 +777,12 @@ def test_names_that_name_nothing(
 def test_a_new_recipe_says_how_it_is_run_whatever_its_name(command: Command) -> None:
     assert "`hansa run 'a study.toml'`" in command("new", "a study").out
     assert "hansa run 'a study.toml' -c" in Path("a study.toml").read_text()
+
+
+def test_a_reader_that_has_seen_enough_of_the_help_is_no_error() -> None:
+    """A pipe whose other end is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    said = subprocess.run([sys.executable, "-m", "hansa", "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (said.returncode, said.stderr) == (0, b"")

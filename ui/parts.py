@@ -135,8 +135,13 @@ def ticks(kind: str) -> alt.Axis:
         "share": "format(100 * datum.value, '~g') + ' %'",
         "number": "format(datum.value, '~g')",
     }
-    whole = {"tickMinStep": 1} if kind == "round" else {}
-    return alt.Axis(labelExpr=expressions[kind], grid=True, tickCount=6, labelFlush=False, **whole)
+    return alt.Axis(
+        labelExpr=expressions[kind],
+        grid=True,
+        tickCount=6,
+        tickMinStep=1 if kind == "round" else alt.Undefined,
+        labelFlush=False,
+    )
 
 
 def chart(made: alt.Chart | alt.LayerChart | alt.FacetChart, *, alt_text: str, height: int = 280) -> None:
