@@ -198,6 +198,10 @@ class Algorithm(ABC):
         """
         return frozenset(task.buffers).intersection(task.shared)
 
+    def origin(self, task: Task, state: State) -> Tree:
+        """The update of a client that changes nothing, where that is not zero: robust rules start there."""
+        return pick(state.params, self.values(task).intersection(state.params))
+
     # The client.
 
     def private(self, task: Task) -> Tree:

@@ -227,7 +227,7 @@ class Hub:
             return {}
         reducer = self.algorithm.fold(phase)
         if isinstance(reducer, Collect):
-            reduced, judgement = reducer.judged(self._acc)
+            reduced, judgement = reducer.judged(self._acc, self.algorithm.origin(self.task, self.state))
             self.judged = None if judgement is None else (self._folding, judgement)
         else:
             reduced = reducer.result(self._acc)
@@ -243,9 +243,13 @@ class Hub:
         return measured
 
     def _square(self, update: Tree) -> float:
-        """Squared norm of what an update changes."""
-        values = self.algorithm.values(self.task)
-        changes = {name: each for name, each in update.items() if name not in values}
+        """Squared norm of what an update, or several [k, ...], changes in the model."""
+        values, origin = self.algorithm.values(self.task), self.algorithm.origin(self.task, self.state)
+        changes = {
+            name: each - origin[name] if name in origin else each
+            for name, each in update.items()
+            if name in self.state.params and name not in values
+        }
         return float(squared_norm(changes)) if changes else 0.0
 
     def _measured(self, reduced: Tree) -> dict[str, float]:

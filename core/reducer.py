@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from hansa.core.sums import Sums
@@ -138,7 +139,10 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Collect(Keep):
-    """Hand a robust rule all updates as one matrix [n, d]. Weights are set aside: one client, one vote."""
+    """Hand a robust rule all updates as one matrix [n, d]. Weights are set aside: one client, one vote.
+
+    A rule is shown changes: who sends values is compared with an ``origin``, the value where nothing changed.
+    """
 
     rule: RobustRule = field(kw_only=True)
     minimum: int = field(init=False)
@@ -150,11 +154,20 @@ class Collect(Keep):
         """The rule's verdict."""
         return self.judged(acc)[0]
 
-    def judged(self, acc: tuple[Tree, ...]) -> tuple[Tree, Judgement | None]:
-        """The rule's verdict, and what it makes of the updates if it tells."""
-        updates = flatten(*acc)
+    def judged(self, acc: tuple[Tree, ...], origin: Tree | None = None) -> tuple[Tree, Judgement | None]:
+        """The rule's verdict, and what it makes of the updates if it tells.
+
+        ``origin`` is zero for names that it lacks.
+        """
+        updates, still = flatten(*acc), None
+        if origin:
+            rest = {name: origin.get(name, torch.zeros_like(each[0])) for name, each in acc[0].items()}
+            still = flatten({name: each[None] for name, each in rest.items()})[0]
+            updates -= still
         if isinstance(self.rule, Judge):
             verdict, judgement = self.rule.judge(updates)
         else:
             verdict, judgement = self.rule(updates), None
+        if still is not None:
+            verdict = verdict + still
         return unflatten(verdict, {name: each[0] for name, each in acc[0].items()}), judgement

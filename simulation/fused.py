@@ -155,6 +155,7 @@ class FusedTrainer:
                 outputs = model(x.flatten(0, 1))
             losses = self._federation.task.objective(outputs, y.flatten(0, 1))["loss"].view(given.shape)
             torch.sum(losses * (given.to(losses.dtype) / counts)).backward()  # type: ignore[no-untyped-call]
+        fused.decay_unused()
         return torch.where(given, losses.detach(), 0.0).sum(1).double()
 
 

@@ -47,6 +47,13 @@ class Fused(TorchFunctionMode):
         self._used.clear()
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
+    def decay_unused(self) -> None:
+        """After the backward pass: weights that the model did not use have no gradient, and decay still."""
+        if self._run.keep != 1.0:
+            for token, name in self._run.names.items():
+                if token not in self._used:
+                    self._run.moved(name).mul_(self._run.keep)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

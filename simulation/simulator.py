@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hansa.core.algorithm import Job, Report
-from hansa.core.errors import InputError, Interrupted, RunError
+from hansa.core.errors import DivergedError, InputError, Interrupted, RunError
 from hansa.core.hub import Fold, Hub, Order, PeerHub, Send
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import Outcome, Participation, Round, Verdicts
@@ -469,16 +469,22 @@ class Simulator:
         if due and self._workers.first:
             with self._clock("evaluate"):
                 evaluated, clients = self._evaluator(self.hub, self._bank)
-        told_all = self._workers.exchange(lambda: ({}, [evaluated, self._asked_to_stop]))
-        evaluated = told_all[0][1][0]
-        self._stopping = any(asked for _, (_, asked) in told_all) and self._workers.count > 1
+        with self._clock("store"):
+            before, self._model = self._model, self.hub.model()
+            moved = movement(before, self._model) if self._workers.first else {}
+        wild = next((name for name, (change, _) in moved.items() if not math.isfinite(change)), None)
+        told_all = self._workers.exchange(lambda: ({}, [evaluated, wild, self._asked_to_stop]))
+        evaluated, wild = told_all[0][1][:2]
+        if wild is not None:
+            raise DivergedError(
+                f"round {version}: the model is not finite after it, {wild} first; "
+                "lower algorithm.server_lr, or use a robust aggregation.rule"
+            )
+        self._stopping = any(asked for _, (*_, asked) in told_all) and self._workers.count > 1
         metrics |= evaluated
         if due:
             self._metrics = metrics
             score = metrics.get("accuracy", -metrics["loss"] if "loss" in metrics else None)
-        with self._clock("store"):
-            before, self._model = self._model, self.hub.model()
-            moved = movement(before, self._model) if self._workers.first else {}
         done = Round(
             index=version,
             time=now,

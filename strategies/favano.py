@@ -74,6 +74,10 @@ class FAVANO(FedAvg):
         """Uniform: α_i does the rest."""
         return 1.0
 
+    def origin(self, task: Task, state: State) -> Tree:
+        """Clients send models."""
+        return state.params
+
     def apply(self, task: Task, state: State, reduced: Tree, reports: Sequence[Report], phase: str) -> State:
         """``x ← (x + Σ ŵ_i)/(s + 1)``; running statistics take the plain mean."""
         models, values = self.split(task, reduced)

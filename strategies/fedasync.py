@@ -53,6 +53,10 @@ class FedAsync(FedProx):
                 'use weights.frequency = "equal", or algorithm.name = "fedavg"',
             )
 
+    def origin(self, task: Task, state: State) -> Tree:
+        """Clients send models."""
+        return state.params
+
     def apply(self, task: Task, state: State, reduced: Tree, reports: Sequence[Report], phase: str) -> State:
         """``x ← (1 − α s) x + α s x_new``; running statistics are the client's."""
         models, values = self.split(task, reduced)

@@ -16,7 +16,7 @@ import torch
 
 from hansa.core.algorithm import Algorithm, Carry, Report, State
 from hansa.core.partition import Partition, Rule
-from hansa.core.ranges import NonNegative
+from hansa.core.ranges import Positive
 from hansa.core.task import Batch, Metrics, Task
 from hansa.core.trees import Tree, add, pick
 
@@ -30,7 +30,7 @@ class FedAvg(Algorithm):
     server_lr: η_g; running statistics take the plain mean of the clients'.
     """
 
-    server_lr: NonNegative = 1.0
+    server_lr: Positive = 1.0
 
     source: ClassVar[str] = "McMahan et al., arXiv 1602.05629"
     peers: ClassVar[bool] = True

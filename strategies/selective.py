@@ -151,6 +151,19 @@ class SelectiveLayers(FedAvg):
             }
         return {**carry, "mask": {MASK: payload[MASK]}}
 
+    def direction(self, task: Task, carry: Carry, batch: Batch) -> tuple[Tree, Metrics, Tree]:
+        """The gradient by the selected layers alone, for it may be clipped."""
+        grads, metrics, buffers = super().direction(task, carry, batch)
+        return self._chosen(task, carry, grads, zeros_like(grads)), metrics, buffers
+
+    def _chosen(self, task: Task, carry: Carry, tree: Tree, otherwise: Tree) -> Tree:
+        """``tree``, with what belongs to layers that are not selected from ``otherwise``."""
+        made = dict(tree)
+        for position, names in enumerate(self.layers(task).values()):
+            chosen = carry["mask"][MASK][position] > 0
+            made |= {name: torch.where(chosen, tree[name], otherwise[name]) for name in names}
+        return made
+
     def step(self, task: Task, carry: Carry, batch: Batch, phase: str) -> tuple[Carry, Metrics]:
         """Gather the gradient, or train the selected layers."""
         if phase == "probe":
@@ -159,12 +172,8 @@ class SelectiveLayers(FedAvg):
             examples = {"examples": carry["work"]["examples"] + size}
             return {**carry, "total": add(carry["total"], grads, size), "work": examples}, metrics
         after, metrics = super().step(task, carry, batch, phase)
-        params = dict(after["params"])
-        for position, names in enumerate(self.layers(task).values()):
-            chosen = carry["mask"][MASK][position] > 0
-            for name in names:  # not only the gradient: weight decay must not move the others either
-                params[name] = torch.where(chosen, params[name], carry["params"][name])
-        return {**after, "params": params}, metrics
+        # Not only the gradient: weight decay must not move the others either.
+        return {**after, "params": self._chosen(task, carry, after["params"], carry["params"])}, metrics
 
     def finish(self, task: Task, carry: Carry, phase: str) -> tuple[Tree, Tree]:
         """L numbers after the probe; the change after training."""

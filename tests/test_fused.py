@@ -92,6 +92,19 @@ class Scaled(nn.Module):
         return out
 
 
+class Spare(nn.Module):
+    """Holds a layer that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(3, 2)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(x.flatten(1))
+        return out
+
+
 class Twice(nn.Module):
     """Uses one layer twice."""
 
@@ -216,6 +229,16 @@ def test_fused_training_equals_one_client_at_a_time(name: str, weight_decay: flo
     jobs = works(f, alike=alike)
     found = list(tier.train(jobs))
     assert [len(each.works) for each in found] == [8, 3]  # the check passed: no fallback
+    assert_equal(found, f, jobs)
+
+
+def test_a_layer_without_use_decays_in_the_fused_tier_too() -> None:
+    f = federation(Spare(), IMAGE, FedAvg(), weight_decay=0.01)
+    tier = FusedTrainer(f, seed=0, chunk=16, otherwise=SequentialTrainer(f, seed=0))
+    jobs = works(f)
+    found = list(tier.train(jobs))
+    assert tier.sound
+    assert float(found[0].updates["spare.weight"].abs().max()) > 0
     assert_equal(found, f, jobs)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -15,10 +16,13 @@ from hansa.core.reducer import Collect
 from hansa.core.schedule import Aggregated, Joined, Recall, Schedule, Stop, Stopping, Tick
 from hansa.core.task import LocalSGD, Task, regression
 from hansa.core.trees import Tree
+from hansa.strategies.backup import Backup
 from hansa.strategies.buffered import Buffered
 from hansa.strategies.catalog import Federation
+from hansa.strategies.fedasync import FedAsync
 from hansa.strategies.fedavg import FedAvg
 from hansa.strategies.fedbuff import FedBuff
+from hansa.strategies.fednova import NORM, FedNova
 from hansa.strategies.fedopt import FedAdam
 from hansa.strategies.robust import Median
 from hansa.strategies.rounds import Rounds
@@ -108,6 +112,25 @@ def test_chunked_folds_equal_one_fold(algorithm: Any, cuts: tuple[int, ...], qua
         hub.close()
         results.append(values(hub))
     assert results[1] == pytest.approx(results[0], rel=1e-14)  # five terms in another order
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "updates"),
+    [
+        (FedNova(), {**w([1, 0], [3, 2]), NORM: torch.tensor([7.0, 9.0], dtype=torch.float64)}),
+        (FedAsync(), w([6, 5], [8, 7])),  # models; the hub's is (5, 5)
+    ],
+    ids=["FedNova", "FedAsync"],
+)
+def test_what_is_measured_of_updates_is_what_they_change(
+    algorithm: FedAvg, updates: Tree, quadratic: Build
+) -> None:
+    hub = made(quadratic, algorithm, Backup(cohort=2), clients=2)
+    hub.state = dataclasses.replace(hub.state, params={"w": torch.full((2,), 5.0, dtype=torch.float64)})
+    hub.on(Joined(range(2)), 0.0)
+    hub.fold(round_of(hub, 2).reports, updates, {})
+    # Changes (1, 0) and (3, 2): their mean is (2, 1), from which each is (1, 1) away.
+    assert hub.close() == pytest.approx({"update/mean": 5.0, "update/variance": 4.0})
 
 
 def test_a_tensor_is_averaged_over_those_who_sent_it_and_stays_where_nobody_did() -> None:

@@ -65,6 +65,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"algorithm": {"name": "selective", "budget": [1, "x"]}}, "algorithm.budget", "a list of whole numbers"),
     # values
     ({"train": {"lr": 0}}, "train.lr", "it must be more than 0"),
+    ({"algorithm": {"name": "fednova", "server_lr": 0}}, "algorithm.server_lr", "it must be more than 0"),
+    ({"partition": {"kind": "dirichlet", "alpha": 1e308}}, "partition.alpha", "it must be at most 1e+100"),
     ({"train": {"lr": float("nan")}}, "train.lr", "it must be finite"),
     ({"train": {"lr": True}}, "train.lr", "it must be a number"),
     ({"algorithm": {"name": "fedprox", "mu": True}}, "algorithm.mu", "it must be a number"),

@@ -17,12 +17,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hansa.core.errors import InputError
-from hansa.core.reducer import RobustRule
+from hansa.core.reducer import Collect, RobustRule
 from hansa.core.store import Round
 from hansa.simulation.population import Population
 from hansa.simulation.simulator import Simulator
+from hansa.strategies.buffered import Buffered
 from hansa.strategies.catalog import Federation, resolved
+from hansa.strategies.favano import FAVANO
+from hansa.strategies.fedasync import FedAsync
+from hansa.strategies.fedavg import FedAvg
 from hansa.strategies.gram import gram, nearest_neighbours
+from hansa.strategies.periodic import Periodic
 from hansa.strategies.robust import (
     CentredClipping,
     ColumnRule,
@@ -413,3 +418,27 @@ def test_recipes_name_every_rule(aggregation: dict[str, Any], digits: Callable[.
     assert any(not torch.equal(ending.params[name], start[name]) for name in start)
     assert all(each.isfinite().all() for each in ending.params.values())
     assert resolved(federation.recipe).aggregation.items() >= aggregation.items()
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [(FedAsync, Buffered(k=3, concurrency=3)), (FAVANO, Periodic(interval=2.0, recall=3))],
+)
+def test_clipping_leaves_a_model_alone_that_no_client_changes(
+    kind: type[FedAvg], schedule: Any, quadratic: Callable[..., Federation]
+) -> None:
+    # They send models, at norm 50: clipped around zero, the server's would shrink in every step.
+    algorithm = kind(reducer=Collect(rule=CentredClipping(tau=0.1)))
+    goal = [[30.0, 40.0]] * 3
+    federation = quadratic(algorithm, [1, 1, 1], goal, start=goal[0], schedule=schedule)
+    assert Simulator(federation).run().params["w"].tolist() == goal[0]
+
+
+def test_clipping_takes_running_statistics_for_changes_of_the_servers(
+    digits: Callable[..., Federation],
+) -> None:
+    clipped = digits(aggregation={"rule": "centred_clipping", "tau": 1e-6}, stop={"rounds": 3})
+    for name, start in clipped.task.initial.items():
+        if name.endswith("running_var"):
+            assert (start == 1).all()
+            torch.testing.assert_close(Simulator(clipped).run().params[name], start, rtol=0, atol=1e-5)

@@ -200,6 +200,11 @@ def trained(federation: Federation, client: int, layers: Sequence[str]) -> Tree:
         optimiser.zero_grad()
         loss = F.cross_entropy(model(data.train.x[mine[positions]]), data.train.y[mine[positions]])
         torch.autograd.backward(loss)
+        if task.local.clip_norm is not None:
+            grads = [each.grad for each in moving if each.grad is not None]
+            norm = torch.stack([each.square().sum() for each in grads]).sum().sqrt()
+            for each in grads:
+                each *= min(1.0, task.local.clip_norm / float(norm))
         optimiser.step()
     return {name: each.detach() for name, each in model.state_dict().items()}
 
@@ -217,7 +222,8 @@ def test_a_round_averages_each_layer_over_those_who_train_it(
         monkeypatch,
         algorithm={"name": "selective", "budget": [1, 2]},
         schedule={"cohort": 6},
-        train={"momentum": 0.9, "weight_decay": 0.1},  # neither may move a layer that was not chosen
+        # None of them may move a layer that was not chosen, nor its gradient shorten the others'.
+        train={"momentum": 0.9, "weight_decay": 0.1, "clip_norm": 0.2},
         engine={"mode": mode, "chunk": 4},
     )
     start, sizes = federation.task.initial, federation.data.train_shards.sizes

@@ -478,6 +478,12 @@ def test_the_malicious_are_the_same_for_a_whole_run(quadratic: Build) -> None:
         assert round.metrics["loss"] == pytest.approx((1 - w) ** 2 / 2, rel=1e-12)
 
 
+def test_a_model_that_is_not_finite_ends_the_run_though_every_update_was(quadratic: Build) -> None:
+    federation = quadratic(FedAvg(server_lr=1e300), [1], [[1e10]], local=HALF)  # one round, and no next one
+    with pytest.raises(DivergedError, match=r"round 1: the model is not finite.* w .*server_lr"):
+        play(federation)
+
+
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
 def test_divergence_names_the_round_and_the_client(mode: str, quadratic: Build) -> None:
     # Client 0 stays; client 1 jumps to 1e200 and its squared distance overflows.

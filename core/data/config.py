@@ -228,7 +228,7 @@ class SyntheticLabelShift(_Synthetic):
     groups: int = Field(default=4, gt=0, description="Number of groups.")
     examples: int = Field(default=500, gt=0, description="Examples of each group.")
     alpha: float = Field(
-        default=0.5, gt=0, description="Concentration: the smaller, the less alike the groups."
+        default=0.5, gt=0, le=1e100, description="Concentration: the smaller, the less alike the groups."
     )
 
     @property
@@ -265,7 +265,9 @@ class DirichletPartition(_Partition):
     """Every class is shared out in proportions drawn from a Dirichlet distribution."""
 
     kind: Literal["dirichlet"] = Field(default="dirichlet", description="Skewed classes and sizes.")
-    alpha: float = Field(default=0.5, gt=0, description="Concentration: the smaller, the fewer hold a class.")
+    alpha: float = Field(
+        default=0.5, gt=0, le=1e100, description="Concentration: the smaller, the fewer hold a class."
+    )
     min_size: int = Field(default=1, gt=0, description="Redraw until every client has this many examples.")
 
 
@@ -317,7 +319,7 @@ class FeatureShiftPartition(_Partition):
 
     kind: Literal["feature_shift"] = Field(default="feature_shift", description="Skewed features.")
     alpha: float | None = Field(
-        default=None, gt=0, description="Divide by Dirichlet(alpha) over classes; without it iid."
+        default=None, gt=0, le=1e100, description="Divide by Dirichlet(alpha) over classes; without it iid."
     )
     transforms: tuple[Transform, ...] | None = Field(
         default=None,
