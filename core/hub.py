@@ -9,6 +9,7 @@ it has evaluated the new model if it wants to, tells the hub so with
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -459,6 +460,17 @@ def _blocks(length: int, each: int) -> Iterator[slice]:
     """0, 1, … ``length`` - 1 in slices that a cache holds, where one of them stands for ``each`` numbers."""
     step = max(1, _BLOCK // max(each, 1))
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def divergence(version: int, moved: Mapping[str, tuple[float, float]]) -> str | None:
+    """Why a run cannot go on after a step whose :func:`~hansa.core.trees.movement` is not finite."""
+    name = next((name for name, (change, _) in moved.items() if not math.isfinite(change)), None)
+    if name is None:
+        return None
+    return (
+        f"round {version}: the model is not finite after it, {name} first; "
+        "lower algorithm.server_lr, or use a robust aggregation.rule"
+    )
 
 
 def spectral_gap(W: Tensor) -> float:

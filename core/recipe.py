@@ -156,7 +156,7 @@ class Recipe(_Section):
         title="letters, digits, dots, hyphens and underscores",
         description="names the run directory; by default after the data: its file, or its source",
     )
-    seed: int = Field(default=0, ge=0, lt=2**128, description="names every random draw of the run")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="names every random draw of the run")
     data: DataConfig = DigitsData()
     partition: PartitionConfig = DirichletPartition(clients=20, alpha=0.3)
     model: Annotated[ModelConfig | CustomModel, Field(discriminator="name")] = MLPConfig()

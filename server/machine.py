@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from hansa.core.algorithm import Job, Report
-from hansa.core.errors import InputError, RunError
-from hansa.core.hub import Fold, Hub, Order, Send
+from hansa.core.errors import DivergedError, InputError, RunError
+from hansa.core.hub import Fold, Hub, Order, Send, divergence
 from hansa.core.randomness import ALONE
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import ClientScores, Outcome, Participation, Round, Verdicts
@@ -333,7 +333,10 @@ class Machine:
         if self.hub.state.version == before.version:  # a barrier between two phases
             self._obey(self.hub.on(Aggregated(), self.now))
             return
-        done = self._round(measured, movement(before.params, self.hub.model()))
+        moved = movement(before.params, self.hub.model())
+        if (why := divergence(self.hub.state.version, moved)) is not None:
+            raise DivergedError(why)
+        done = self._round(measured, moved)
         score = None
         if self._due(done.index):
             if self._by_clients:

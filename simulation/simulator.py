@@ -21,7 +21,7 @@ import torch
 
 from hansa.core.algorithm import Job, Report
 from hansa.core.errors import DivergedError, InputError, Interrupted, RunError
-from hansa.core.hub import Fold, Hub, Order, PeerHub, Send
+from hansa.core.hub import Fold, Hub, Order, PeerHub, Send, divergence
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import Outcome, Participation, Round, Verdicts
 from hansa.core.trees import Tree, flatten, movement, put_under, take_under, unflatten
@@ -472,14 +472,11 @@ class Simulator:
         with self._clock("store"):
             before, self._model = self._model, self.hub.model()
             moved = movement(before, self._model) if self._workers.first else {}
-        wild = next((name for name, (change, _) in moved.items() if not math.isfinite(change)), None)
-        told_all = self._workers.exchange(lambda: ({}, [evaluated, wild, self._asked_to_stop]))
-        evaluated, wild = told_all[0][1][:2]
-        if wild is not None:
-            raise DivergedError(
-                f"round {version}: the model is not finite after it, {wild} first; "
-                "lower algorithm.server_lr, or use a robust aggregation.rule"
-            )
+        why = divergence(version, moved)
+        told_all = self._workers.exchange(lambda: ({}, [evaluated, why, self._asked_to_stop]))
+        evaluated, why = told_all[0][1][:2]
+        if why is not None:
+            raise DivergedError(why)
         self._stopping = any(asked for _, (*_, asked) in told_all) and self._workers.count > 1
         metrics |= evaluated
         if due:

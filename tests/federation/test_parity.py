@@ -14,7 +14,7 @@ from replay import Replay, Return, recorded
 
 from hansa.client.workshop import Workshop
 from hansa.core.algorithm import Algorithm
-from hansa.core.errors import RunError
+from hansa.core.errors import DivergedError, RunError
 from hansa.core.recipe import Recipe, parse
 from hansa.core.schedule import Schedule, Stopping
 from hansa.core.store import Round, RunStore
@@ -238,6 +238,14 @@ def test_a_recall_written_by_hand(quadratic: Callable[..., Federation]) -> None:
     replay = Replay(federation, {0: [Return(2.0, 2)], 1: [Return(2.0, 1)], 2: [Return(2.0, 0)]}, until=2.0)
     assert [float(each["w"]) for each in replay.models] == pytest.approx([(3 / 8 - 1 / 2 + 0) / 4])
     assert [each.steps for each in replay.rounds[0].participants] == [2, 1, 0]
+
+
+def test_a_model_that_is_not_finite_ends_a_run_as_in_the_simulator(
+    quadratic: Callable[..., Federation],
+) -> None:
+    federation = quadratic(FedAvg(server_lr=1e300), [1], [[1e10]], local=LocalSGD(lr=0.5))
+    with pytest.raises(DivergedError, match=r"round 1: the model is not finite.* w .*server_lr"):
+        Replay(federation, {0: [Return(1.0, 1)]}, until=1.0)
 
 
 def test_a_snapshot_knows_whose_last_update_was_thrown_away() -> None:
