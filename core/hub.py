@@ -462,9 +462,14 @@ def _blocks(length: int, each: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-def divergence(version: int, moved: Mapping[str, tuple[float, float]]) -> str | None:
-    """Why a run cannot go on after a step whose :func:`~hansa.core.trees.movement` is not finite."""
-    name = next((name for name, (change, _) in moved.items() if not math.isfinite(change)), None)
+def divergence(version: int, model: Tree, moved: Mapping[str, tuple[float, float]]) -> str | None:
+    """Why a run cannot go on after a step: its model is not finite.
+
+    ``moved``: the step's :func:`~hansa.core.trees.movement`, which tells where to look: the square of a large
+    number is infinite, too.
+    """
+    wild = (name for name, (change, _) in moved.items() if not math.isfinite(change))
+    name = next((name for name in wild if not model[name].isfinite().all()), None)
     if name is None:
         return None
     return (

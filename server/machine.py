@@ -334,7 +334,7 @@ class Machine:
             self._obey(self.hub.on(Aggregated(), self.now))
             return
         moved = movement(before.params, self.hub.model())
-        if (why := divergence(self.hub.state.version, moved)) is not None:
+        if (why := divergence(self.hub.state.version, self.hub.model(), moved)) is not None:
             raise DivergedError(why)
         done = self._round(measured, moved)
         score = None

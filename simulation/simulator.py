@@ -472,7 +472,7 @@ class Simulator:
         with self._clock("store"):
             before, self._model = self._model, self.hub.model()
             moved = movement(before, self._model) if self._workers.first else {}
-        why = divergence(version, moved)
+        why = divergence(version, self._model, moved)
         told_all = self._workers.exchange(lambda: ({}, [evaluated, why, self._asked_to_stop]))
         evaluated, why = told_all[0][1][:2]
         if why is not None:

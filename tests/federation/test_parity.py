@@ -246,6 +246,8 @@ def test_a_model_that_is_not_finite_ends_a_run_as_in_the_simulator(
     federation = quadratic(FedAvg(server_lr=1e300), [1], [[1e10]], local=LocalSGD(lr=0.5))
     with pytest.raises(DivergedError, match=r"round 1: the model is not finite.* w .*server_lr"):
         Replay(federation, {0: [Return(1.0, 1)]}, until=1.0)
+    finite = quadratic(FedAvg(server_lr=1e290), [1], [[1e10]], local=LocalSGD(lr=0.5))  # its square is not
+    assert len(Replay(finite, {0: [Return(1.0, 1)]}, until=1.0).rounds) == 1
 
 
 def test_a_snapshot_knows_whose_last_update_was_thrown_away() -> None:
