@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hansa.core.algorithm import Job, Report
-from hansa.core.errors import DivergedError, InputError, Interrupted, RunError
+from hansa.core.errors import DivergedError, HansaError, InputError, Interrupted, RunError
 from hansa.core.hub import Fold, Hub, Order, PeerHub, Send, divergence
 from hansa.core.schedule import Aggregated, Joined, Recall, Stop, Tick, Wake
 from hansa.core.store import Outcome, Participation, Round, Verdicts
@@ -563,6 +563,8 @@ class Simulator:
             return 0
         try:
             self._restore(*found)
+        except HansaError:
+            raise
         except Exception as error:  # whatever may be wrong with a file that is old, or that was changed
             raise RunError(
                 f"{self._checkpoints}: what was saved does not fit this run "
